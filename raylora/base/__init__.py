@@ -1,0 +1,1 @@
+"""The ground floor: errors, options, randomness, storage, logs. Imports nothing of raylora."""

@@ -1,0 +1,32 @@
+"""Logging set-up: one line an event on standard error, never `print`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of one part of raylora; the name is the first word of its lines."""
+    return logging.getLogger(f"raylora.{name}")
+
+
+def start_logging(level: int = logging.INFO) -> None:
+    """Send raylora's lines to standard error, once per process."""
+    root = logging.getLogger("raylora")
+    if root.handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Short())
+    root.addHandler(handler)
+    root.setLevel(level)
+    root.propagate = False
+
+
+class _Short(logging.Formatter):
+    """`step   120/2000 ...`: the part's name padded to six, a level only when it is not INFO."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        part = record.name.rpartition(".")[2]
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        return f"{part:<6} {level}{record.getMessage()}"
