@@ -1,1 +1,1 @@
-
+"""The mathematics of diffusion: torch only, no models, no files."""

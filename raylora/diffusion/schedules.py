@@ -1,0 +1,37 @@
+"""Noise schedules: how much signal is left at each timestep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylora.base.errors import WeightsError
+
+
+def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> Tensor:
+    """Share of signal left at each timestep, from a base model's scheduler config.
+
+    Returns:
+        (num_train_timesteps,) float64 in (0, 1), falling.
+
+    Raises:
+        WeightsError: the config names a beta schedule raylora does not know.
+
+    Source: Ho et al. 2020 (linear), Rombach et al. 2022 (scaled_linear: linear in the square root).
+    """
+    steps = int(scheduler_config.get("num_train_timesteps", 1000))
+    start = float(scheduler_config["beta_start"])
+    end = float(scheduler_config["beta_end"])
+    kind = scheduler_config.get("beta_schedule", "linear")
+    if kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    elif kind == "linear":
+        betas = torch.linspace(start, end, steps, dtype=torch.float64)
+    else:
+        raise WeightsError(
+            f"scheduler_config.json has beta_schedule {kind!r}; raylora knows scaled_linear, linear."
+        )
+    return torch.cumprod(1.0 - betas, dim=0)

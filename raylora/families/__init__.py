@@ -1,0 +1,125 @@
+"""The contract of a model family: what one file in this folder gives.
+
+A file `families/<kind>.py` defines
+
+    class <Kind>Options(FamilyOptions): kind: Literal["<kind>"] = "<kind>" ...
+    family: type[Family]
+
+and its name is the word in the YAML (`family.kind`). Everything that differs between SD 1.5, SDXL and
+FLUX is behind `Family`; nothing else asks which family it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raylora.base.lookup import load_plugin
+from raylora.base.options import Options
+from raylora.diffusion.process import Process
+from raylora.networks import Site
+
+
+class FamilyOptions(Options):
+    """Which base model."""
+
+    kind: str
+    """The model family: the name of a file in raylora/families."""
+    weights: str
+    """The base: a folder in diffusers layout, local or s3://."""
+
+
+class Encoder(Protocol):
+    """Turns pixels and captions into what the denoiser is trained on."""
+
+    latents_facts: dict[str, Any]
+    """What names an encoded image: anything here changes, and images are encoded again."""
+    text_facts: dict[str, Any]
+    """What names an encoded caption."""
+
+    def encode_images(self, pixels: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """(B, 3, H, W) in [-1, 1] -> {"latents": (B, C, h, w)}."""
+
+    def encode_texts(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """B captions -> {"text": (B, T, D)} and what else the family conditions on."""
+
+
+class Family(ABC):
+    """One base model, its parts loaded when they are asked for.
+
+    Attributes:
+        component: the denoiser's name in exported files, "unet" or "transformer".
+        process: how latents are noised and what is predicted.
+        pixels_per_latent: how many pixels one latent cell spans.
+        size_step: image sides must be multiples of this many pixels.
+        metadata: facts for the file's header (ss_base_model_version, modelspec names ...).
+    """
+
+    component: str
+    process: Process
+    pixels_per_latent: int
+    latent_channels: int
+    size_step: int
+    metadata: dict[str, str]
+
+    @abstractmethod
+    def __init__(self, folder: Path, options: Any) -> None:
+        """Read the configs, not the weights. WeightsError when the folder is not this family."""
+
+    @abstractmethod
+    def load_denoiser(self, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The frozen denoiser, ready to be adapted."""
+
+    @abstractmethod
+    def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(latents_facts, text_facts) without loading a model."""
+
+    @abstractmethod
+    def load_encoder(self, *, device: torch.device) -> Encoder:
+        """VAE and text encoders for the cache, in float32."""
+
+    @abstractmethod
+    def sites(self, denoiser: nn.Module, layers: str) -> list[Site]:
+        """The layers that `network.layers` means, in the order of the model."""
+
+    @abstractmethod
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditions: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The denoiser's prediction, (B, C, H, W); conditions are the cached text tensors."""
+
+    @abstractmethod
+    def load_renderer(self, denoiser: nn.Module) -> Renderer:
+        """Text-to-image with this (possibly adapted) denoiser, for previews."""
+
+
+class Renderer(Protocol):
+    """Draws one picture with the denoiser it was made of."""
+
+    def render(
+        self,
+        prompt: str,
+        *,
+        negative: str,
+        latents: Tensor,
+        steps: int,
+        guidance: float,
+    ) -> NDArray[np.uint8]:
+        """A picture (H, W, 3) from starting noise (1, C, h, w), standard normal."""
+
+
+def get_family(kind: str) -> tuple[type[Family], type[FamilyOptions]]:
+    """The family's class and its options' class; OptionError lists the known kinds."""
+    module = load_plugin(__name__, kind)
+    return module.family, module.options

@@ -1,0 +1,264 @@
+"""Stable Diffusion 1.x: a UNet with cross-attention, CLIP-L text, a four-channel VAE."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raylora.base.errors import WeightsError
+from raylora.diffusion.process import Prediction, Process
+from raylora.diffusion.schedules import alphas_cumprod
+from raylora.families import Encoder, Family, FamilyOptions, Renderer
+from raylora.networks import Site
+
+
+class Sd15Options(FamilyOptions):
+    """Stable Diffusion 1.x and models of its layout."""
+
+    kind: Literal["sd15"] = "sd15"
+
+
+class Sd15(Family):
+    """A diffusers folder with unet, vae, text_encoder, tokenizer and scheduler."""
+
+    component = "unet"
+
+    def __init__(self, folder: Path, options: Sd15Options) -> None:
+        self.folder = folder
+        unet = self._config("unet", "UNet2DConditionModel")
+        vae = self._config("vae", "AutoencoderKL")
+        scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+        if unet.get("addition_embed_type"):
+            raise WeightsError(
+                f"{folder}/unet/config.json has addition_embed_type {unet['addition_embed_type']!r}"
+                ": this is not Stable Diffusion 1.x. Choose the family that fits the weights."
+            )
+        prediction: Prediction = scheduler.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise WeightsError(
+                f"{folder}/scheduler/scheduler_config.json has prediction_type {prediction!r}; "
+                "sd15 knows epsilon and v_prediction."
+            )
+        self.process = Process(prediction, alphas_cumprod(scheduler))
+        self.pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+        self.latent_channels = int(vae["latent_channels"])
+        # The UNet halves its latents once between each two of its blocks.
+        self.size_step = self.pixels_per_latent * 2 ** (len(unet["block_out_channels"]) - 1)
+        self._scaling = float(vae.get("scaling_factor", 0.18215))
+        self.metadata = {
+            "ss_base_model_version": "sd_v1",
+            "ss_v2": "False",
+            "ss_sd_model_name": folder.name,
+            "modelspec.architecture": "stable-diffusion-v1",
+            "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        }
+
+    def load_denoiser(self, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The UNet, built empty and filled from the memory-mapped file."""
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+        from safetensors.torch import load_file
+
+        with torch.device("meta"):
+            unet: nn.Module = UNet2DConditionModel.from_config(_known(self.folder / "unet"))
+        weights = load_file(_weights_file(self.folder / "unet", "diffusion_pytorch_model"))
+        held = {name: tensor.to(dtype=dtype, device=device) for name, tensor in weights.items()}
+        unet.load_state_dict(held, assign=True)
+        return unet.requires_grad_(False).eval()
+
+    def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Names the VAE and the text encoder by the bytes of their files."""
+        vae = _weights_file(self.folder / "vae", "diffusion_pytorch_model")
+        text = _weights_file(self.folder / "text_encoder", "model")
+        tokenizer = self.folder / "tokenizer"
+        latents_facts = {
+            "family": "sd15",
+            "vae": _file_hash(vae),
+            "scaling": self._scaling,
+            "pick": "mode",
+            "dtype": "float32",
+        }
+        text_facts = {
+            "family": "sd15",
+            "text_encoder": _file_hash(text),
+            "tokenizer": [_file_hash(f) for f in sorted(tokenizer.glob("*")) if f.is_file()],
+            "tokens": 77,
+            "clip_skip": 1,
+            "dtype": "float32",
+        }
+        return latents_facts, text_facts
+
+    def load_encoder(self, *, device: torch.device) -> Encoder:
+        """VAE and CLIP in float32."""
+        latents_facts, text_facts = self.encoder_facts()
+        return _Sd15Encoder(self._parts(torch.float32, device), latents_facts, text_facts)
+
+    def sites(self, denoiser: nn.Module, layers: str) -> list[Site]:
+        """Linears and 1x1 convolutions inside the transformer blocks, as sd-scripts chooses."""
+        from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+        found = []
+        blocks = [n for n, m in denoiser.named_modules() if isinstance(m, Transformer2DModel)]
+        for block in blocks:
+            for name, module in denoiser.get_submodule(block).named_modules():
+                path = f"{self.component}.{block}.{name}"
+                if layers == "attention" and ".attn" not in path:
+                    continue
+                if isinstance(module, nn.Linear):
+                    found.append(Site(path, "linear", module.in_features, module.out_features))
+                elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
+                    found.append(Site(path, "conv", module.in_channels, module.out_channels))
+        return found
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditions: Mapping[str, Tensor],
+    ) -> Tensor:
+        """noisy (B, 4, H, W), timesteps (B,), conditions["text"] (B, T, D) -> (B, 4, H, W)."""
+        prediction: Tensor = denoiser(noisy, timesteps, conditions["text"], return_dict=False)[0]
+        return prediction
+
+    def load_renderer(self, denoiser: nn.Module) -> Renderer:
+        """The diffusers pipeline around this denoiser, in its dtype and on its device."""
+        weight = next(denoiser.parameters())
+        return _Sd15Renderer(self._parts(weight.dtype, weight.device), denoiser, self.folder)
+
+    def _config(self, part: str, wanted: str) -> dict[str, Any]:
+        config = _read_json(self.folder / part / "config.json")
+        if config.get("_class_name") != wanted:
+            raise WeightsError(
+                f"{self.folder}/{part}/config.json is a {config.get('_class_name')}, "
+                f"sd15 needs a {wanted}. Choose the family that fits the weights."
+            )
+        return config
+
+    def _parts(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from transformers import AutoTokenizer, CLIPTextModel
+
+        vae = AutoencoderKL.from_pretrained(self.folder / "vae", torch_dtype=dtype)
+        text = CLIPTextModel.from_pretrained(self.folder / "text_encoder", dtype=dtype)
+        return {
+            "vae": vae.to(device).requires_grad_(False).eval(),
+            "text_encoder": text.to(device).requires_grad_(False).eval(),
+            "tokenizer": AutoTokenizer.from_pretrained(self.folder / "tokenizer"),
+        }
+
+
+class _Sd15Encoder:
+    """VAE mode and CLIP's last hidden state; 77 tokens."""
+
+    def __init__(
+        self, parts: dict[str, Any], latents_facts: dict[str, Any], text_facts: dict[str, Any]
+    ) -> None:
+        self._parts = parts
+        self._scaling = float(latents_facts["scaling"])
+        self.latents_facts = latents_facts
+        self.text_facts = text_facts
+
+    @torch.no_grad()
+    def encode_images(self, pixels: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        vae = self._parts["vae"]
+        latents = vae.encode(torch.from_numpy(pixels).to(vae.device)).latent_dist.mode()
+        return {"latents": (latents * self._scaling).cpu().numpy()}
+
+    @torch.no_grad()
+    def encode_texts(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
+        tokens = self._parts["tokenizer"](
+            list(captions),
+            padding="max_length",
+            max_length=77,
+            truncation=True,
+            return_tensors="pt",
+        )
+        encoder = self._parts["text_encoder"]
+        hidden = encoder(tokens.input_ids.to(encoder.device)).last_hidden_state
+        return {"text": hidden.cpu().numpy()}
+
+
+class _Sd15Renderer:
+    """diffusers' StableDiffusionPipeline with the base's own scheduler."""
+
+    def __init__(self, parts: dict[str, Any], denoiser: nn.Module, folder: Path) -> None:
+        from diffusers import StableDiffusionPipeline
+        from diffusers.schedulers import DDIMScheduler
+
+        self._pipeline = StableDiffusionPipeline(
+            **parts,
+            unet=denoiser,
+            scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def render(
+        self,
+        prompt: str,
+        *,
+        negative: str,
+        latents: Tensor,
+        steps: int,
+        guidance: float,
+    ) -> NDArray[np.uint8]:
+        dtype, device = self._pipeline.unet.dtype, self._pipeline.unet.device
+        factor = self._pipeline.vae_scale_factor
+        with torch.no_grad():
+            pictures = self._pipeline(
+                prompt,
+                negative_prompt=negative or None,
+                height=latents.shape[2] * factor,
+                width=latents.shape[3] * factor,
+                latents=latents.to(dtype=dtype, device=device),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="np",
+            ).images
+        return np.asarray((pictures[0] * 255).round().clip(0, 255), dtype=np.uint8)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeightsError(
+            f"{path} is missing. family.weights must be a folder in diffusers layout (unet, vae, "
+            "text_encoder, tokenizer, scheduler)."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path} is not JSON ({error}). Fetch the file again.") from None
+    return found
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "config.json")
+
+
+def _weights_file(folder: Path, stem: str) -> Path:
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsError(
+        f"{folder} has no {stem}.safetensors. Pickle weights (.bin, .ckpt) are not read: convert "
+        "the model to safetensors first."
+    )
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+family = Sd15
+options = Sd15Options

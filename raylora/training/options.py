@@ -1,0 +1,87 @@
+"""Options of the trainer: length, randomness, precision, saving, validation, logging."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from raylora.base.options import Options
+from raylora.data.source import DataOptions
+
+
+class TrainingOptions(Options):
+    """How long, from which seed, how exact."""
+
+    steps: int | None = Field(None, ge=1)
+    """Global steps. Give this or epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Times that every image is seen `repeats` times. Give this or steps."""
+    images_per_step: int = Field(4, ge=1)
+    """Images in one global step, over all workers together; what others call the effective batch."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """From it come first weights, noise, timesteps; the same on any fleet."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Arithmetic of the base and the activations, one choice for the whole fleet; the adapter and
+    the optimizer stay in fp32 (fp64 in fp64, which is for tests)."""
+    min_timestep: int = Field(0, ge=0)
+    """Lowest timestep that is drawn."""
+    max_timestep: int | None = Field(None, ge=1)
+    """One past the highest timestep that is drawn; null is all of the base's."""
+    save_every_steps: int | None = Field(None, ge=1)
+    """Global steps between checkpoints; null saves only at the end."""
+    keep_last: int | None = Field(None, ge=1)
+    """How many checkpoints stay; null keeps all."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of training.steps and training.epochs.")
+        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
+            raise ValueError(
+                f"training.max_timestep {self.max_timestep} must be above min_timestep "
+                f"{self.min_timestep}."
+            )
+        return self
+
+
+class ValidationOptions(Options):
+    """The held-out loss, at fixed timesteps and fixed noise, so that its curve is smooth."""
+
+    folder: str | None = None
+    """Images that are never trained on; same form as data.folder. Null: no validation."""
+    every_steps: int = Field(100, ge=1)
+    """Global steps between measurements; there is always one at step 0 and at the end."""
+    timesteps: tuple[int, ...] = (150, 400, 650, 900)
+    """Every held-out image is measured at each of these."""
+
+    def data(self, data: DataOptions) -> DataOptions | None:
+        """The data section with the held-out folder in place of the training one."""
+        return data.model_copy(update={"folder": self.folder}) if self.folder else None
+
+
+class MemoryOptions(Options):
+    """What a worker may hold at once."""
+
+    max_micro_batch: int = Field(8, ge=1)
+    """Images that go through the denoiser together, at most; out of memory halves it."""
+
+
+class ExportOptions(Options):
+    """The LoRA file."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Numbers in the file; alpha is always float32."""
+    title: str | None = None
+    """modelspec.title; null is the run's name."""
+    author: str | None = None
+    """modelspec.author."""
+    comment: str | None = None
+    """ss_training_comment."""
+
+
+class LogOptions(Options):
+    """What is said while it runs."""
+
+    every_steps: int = Field(10, ge=1)
+    """Global steps between progress lines; the device is not waited for in between."""
