@@ -1,0 +1,114 @@
+"""The three names of one layer in SD 1.x and 2.x: raylora's own, the LoRA file's, and diffusers'.
+
+    raylora    unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0
+    LoRA file  lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0
+    diffusers  unet.down_blocks.0.….attn1.to_out.0.lora_A.weight (down), .lora_B.weight (up)
+
+raylora's name is the path in diffusers' model behind the component. A text encoder's path always
+begins with `text_model.`, whether or not the installed transformers has that level (5.x: no).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from torch import nn
+
+from raylora.base.errors import WeightsError
+from raylora.base.lookup import did_you_mean
+
+Half = Literal["down", "up"]
+
+_KOHYA_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_PEFT_HALF: dict[Half, str] = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+_TEXT_LEVEL = "text_model."
+
+
+def module_name(component: str, path: str) -> str:
+    """raylora's name of the layer at `path` within a loaded component ("unet", "text_encoder")."""
+    if component == "text_encoder" and not path.startswith(_TEXT_LEVEL):
+        path = _TEXT_LEVEL + path
+    return f"{component}.{path}"
+
+
+def module_names(component: str, model: nn.Module) -> list[str]:
+    """Names of all layers of a component that an adapter can sit on (linear and convolution)."""
+    return [
+        module_name(component, path)
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
+
+
+def find_module(components: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """The layer of that name in loaded components, with or without a `text_model.` level.
+
+    Raises:
+        WeightsError: no such component or layer.
+    """
+    component, _, path = name.partition(".")
+    layers: dict[str, nn.Module] = {}
+    if component in components:
+        layers = dict(components[component].named_modules())
+    layer = layers.get(path) or layers.get(path.removeprefix(_TEXT_LEVEL))
+    if layer is None:
+        raise WeightsError(f"{name}: the base has no such layer. The LoRA is for another family.")
+    return layer
+
+
+def kohya_name(name: str) -> str:
+    """The name a LoRA file uses; one that is a file's name already comes back as it is.
+
+    Raises:
+        WeightsError: the component is not one that SD 1.x and 2.x files know.
+    """
+    if name.startswith(tuple(_KOHYA_PREFIX.values())):
+        return name
+    component, _, path = name.partition(".")
+    if component not in _KOHYA_PREFIX or not path:
+        raise WeightsError(
+            f"{name}: LoRA files have no name for it. Names begin with one of "
+            f"{', '.join(f'{word}.' for word in _KOHYA_PREFIX)}"
+        )
+    return _KOHYA_PREFIX[component] + path.replace(".", "_")
+
+
+def kohya_to_module(name: str, known_modules: Iterable[str]) -> str:
+    """raylora's name of a layer from its name in a LoRA file.
+
+    Dots and underscores look alike there, so the answer is looked up among the names of the layers
+    that the base has (`module_names`).
+
+    Raises:
+        WeightsError: none of them has that name.
+    """
+    by_kohya = {kohya_name(module): module for module in known_modules}
+    if name not in by_kohya:
+        raise WeightsError(f"{name}: the base has no such layer.{_nearest(name, by_kohya)}")
+    return by_kohya[name]
+
+
+def peft_key(name: str, half: Half) -> str:
+    """The key of one half in a file of diffusers' own naming."""
+    return name + _PEFT_HALF[half]
+
+
+def split_peft_key(key: str) -> tuple[str, Half]:
+    """Layer and half from a key of diffusers' own naming.
+
+    Raises:
+        WeightsError: the key ends otherwise.
+    """
+    for half, ending in _PEFT_HALF.items():
+        if key.endswith(ending):
+            return key.removesuffix(ending), half
+    raise WeightsError(
+        f"{key}: not half of a LoRA, which ends with .lora_A.weight or .lora_B.weight."
+    )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A suggestion only when it is near; hundreds of layer names help nobody."""
+    hint = did_you_mean(name, known)
+    return hint if hint.startswith(" Did you mean") else " The LoRA is for another family."
