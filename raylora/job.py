@@ -1,0 +1,172 @@
+"""The job: one YAML, one frozen tree. Everything a run does is decided here and read from here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+
+from raylora.base.errors import JobError
+from raylora.base.lookup import plugins
+from raylora.base.options import Options, explain
+from raylora.data.source import DataOptions
+from raylora.diffusion.losses import LossOptions
+from raylora.families import FamilyOptions, get_family
+from raylora.fleet import FleetOptions
+from raylora.networks import NetworkOptions, get_network
+from raylora.optim.optimizers import OptimizerOptions
+from raylora.optim.schedules import ScheduleOptions
+from raylora.preview.options import PreviewOptions
+from raylora.training.options import (
+    ExportOptions,
+    LogOptions,
+    MemoryOptions,
+    TrainingOptions,
+    ValidationOptions,
+)
+
+if TYPE_CHECKING:
+    AnyFamily: TypeAlias = FamilyOptions
+    AnyNetwork: TypeAlias = NetworkOptions
+else:
+
+    def _one_of(options: Iterable[type]) -> Any:
+        """The plug-ins' options as one field type, told apart by `kind`."""
+        kinds = list(options)
+        if len(kinds) == 1:
+            return kinds[0]
+        return Annotated[reduce(lambda a, b: a | b, kinds), Field(discriminator="kind")]
+
+    AnyFamily = _one_of(get_family(kind)[1] for kind in plugins("raylora.families"))
+    AnyNetwork = _one_of(get_network(kind).options for kind in plugins("raylora.networks"))
+
+
+class Job(Options):
+    """A training job."""
+
+    name: str
+    """The run's name: its folder in the store, and the LoRA file's name."""
+    store: str = "results"
+    """Where runs and caches live: a folder, file:// or s3://bucket/prefix."""
+    family: SerializeAsAny[AnyFamily]
+    """Which base model."""
+    network: SerializeAsAny[AnyNetwork] = Field(default_factory=lambda: get_network("lora").options())
+    """What is trained on it."""
+    optimizer: OptimizerOptions = OptimizerOptions()
+    """How it is moved."""
+    schedule: ScheduleOptions = ScheduleOptions()
+    """How the rate goes over the run."""
+    loss: LossOptions = LossOptions()
+    """What is minimised."""
+    data: DataOptions
+    """Images and captions."""
+    training: TrainingOptions
+    """How long, from which seed."""
+    validation: ValidationOptions = ValidationOptions()
+    """The held-out loss."""
+    preview: PreviewOptions = PreviewOptions()
+    """Pictures along the way."""
+    memory: MemoryOptions = MemoryOptions()
+    """What a worker may hold at once."""
+    fleet: FleetOptions = FleetOptions()
+    """Who computes."""
+    export: ExportOptions = ExportOptions()
+    """The LoRA file."""
+    log: LogOptions = LogOptions()
+    """What is said."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError(
+                f"{name!r} must be letters, digits, dots, dashes and underscores, at most 100, and "
+                "start with a letter or digit."
+            )
+        return name
+
+    @property
+    def run_folder(self) -> str:
+        """The run's place in the store."""
+        return f"runs/{self.name}"
+
+    @property
+    def cache_url(self) -> str:
+        """Where encoded images and captions lie."""
+        return self.data.cache or f"{self.store.rstrip('/')}/caches"
+
+    def plain(self) -> dict[str, Any]:
+        """The whole job as plain data, every default written out."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self) -> str:
+        """16 hex digits that name this job's whole content."""
+        text = json.dumps(self.plain(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
+    """Read a job file.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b=value` each, the value in YAML; they replace what the file says.
+
+    Raises:
+        JobError: everything that is wrong with it, one sentence each.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read ({error.strerror}). Give a job file.") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise JobError(f"{path} must hold sections such as family, data and training.")
+    for override in overrides:
+        _override(tree, override)
+    return job_from(tree)
+
+
+def job_from(tree: Mapping[str, Any]) -> Job:
+    """A job from plain data; JobError names every mistake."""
+    try:
+        return Job.model_validate(dict(tree))
+    except ValidationError as error:
+        raise JobError(explain(error, Job)) from None
+
+
+def with_overrides(job: Job, overrides: Mapping[str, Any]) -> Job:
+    """The same job with some dotted paths set, as a sweep does; JobError as for a file."""
+    tree = job.plain()
+    for path, value in overrides.items():
+        _set(tree, path, value)
+    return job_from(tree)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise JobError(f"--set {override}: write it as section.option=value.")
+    try:
+        _set(tree, path, yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise JobError(f"--set {override}: the value is not YAML.") from None
+
+
+def _set(tree: dict[str, Any], path: str, value: Any) -> None:
+    *sections, word = path.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise JobError(f"{path}: {section} is a value, not a section.")
+    tree[word] = value

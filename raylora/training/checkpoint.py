@@ -1,0 +1,141 @@
+"""Checkpoints in storage: whole or not at all.
+
+    checkpoints/<step>/adapter.safetensors   the LoRA file
+    checkpoints/<step>/state.safetensors     flat values and optimizer state, exact
+    checkpoints/<step>/state.json            step, dataset, shares
+    checkpoints/<step>/manifest.json         sizes and hashes; put last, and only once
+
+A checkpoint without a manifest does not exist. Its objects may be written again by the next try.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from raylora.base.errors import MissingObject
+from raylora.base.log import get_logger
+from raylora.base.storage import Storage
+
+log = get_logger("save")
+
+
+@dataclass(frozen=True)
+class State:
+    """All that training needs to go on as if it had never stopped.
+
+    Attributes:
+        step: global steps done.
+        tensors: `values`, and the optimizer's tensors as `optimizer/<name>`.
+        facts: what is not a tensor: the dataset's fingerprint, the shares, the attempt.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state of the flat parameter, by name; numbers become 0-d float64."""
+    states = optimizer.state_dict()["state"]
+    return {
+        f"optimizer/{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for name, value in states.get(0, {}).items()
+    }
+
+
+def restore(
+    values: Tensor, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put saved values and optimizer state back, bit for bit."""
+    with torch.no_grad():
+        values.copy_(tensors["values"])
+    held = {
+        name.removeprefix("optimizer/"): tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith("optimizer/")
+    }
+    if held:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": {0: held}, "param_groups": groups})
+
+
+def write_checkpoint(storage: Storage, state: State, adapter_file: bytes) -> None:
+    """Store a checkpoint; one that is complete already is left as it is."""
+    folder = _folder(state.step)
+    objects = {
+        "adapter.safetensors": adapter_file,
+        "state.safetensors": save_tensors(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+        ),
+        "state.json": json.dumps({"step": state.step, **state.facts}, sort_keys=True).encode(),
+    }
+    if storage.entry(f"{folder}/manifest.json") is not None:
+        return
+    for name, data in objects.items():
+        storage.write(f"{folder}/{name}", data)
+    manifest = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in objects.items()
+    }
+    text = json.dumps({"step": state.step, "objects": manifest}, indent=1, sort_keys=True)
+    storage.create(f"{folder}/manifest.json", text.encode())
+
+
+def checkpoint_steps(storage: Storage) -> list[int]:
+    """Steps of the complete checkpoints, rising."""
+    keys = [entry.key for entry in storage.entries("checkpoints")]
+    return sorted(int(key.split("/")[1]) for key in keys if key.endswith("/manifest.json"))
+
+
+def read_newest(storage: Storage) -> State | None:
+    """The newest checkpoint whose objects are all as its manifest says; None when there is none.
+
+    One that was damaged afterwards is reported and passed over.
+    """
+    for step in reversed(checkpoint_steps(storage)):
+        try:
+            return read_checkpoint(storage, step)
+        except (MissingObject, ValueError) as error:
+            log.warning("checkpoint %d is damaged (%s); trying the one before", step, error)
+    return None
+
+
+def read_checkpoint(storage: Storage, step: int) -> State:
+    """The checkpoint of a step.
+
+    Raises:
+        MissingObject: it is not there.
+        ValueError: an object is not what the manifest says.
+    """
+    folder = _folder(step)
+    manifest = json.loads(storage.read(f"{folder}/manifest.json"))
+    objects = {}
+    for name in ("state.safetensors", "state.json"):
+        data = storage.read(f"{folder}/{name}")
+        if hashlib.sha256(data).hexdigest() != manifest["objects"][name]["sha256"]:
+            raise ValueError(f"{folder}/{name} does not match its manifest")
+        objects[name] = data
+    facts = json.loads(objects["state.json"])
+    return State(int(facts.pop("step")), load_tensors(objects["state.safetensors"]), facts)
+
+
+def prune(storage: Storage, keep_last: int) -> None:
+    """Delete all but the newest checkpoints; the manifest first, so none is ever half there."""
+    for step in checkpoint_steps(storage)[:-keep_last]:
+        folder = _folder(step)
+        storage.delete(f"{folder}/manifest.json")
+        for entry in storage.entries(folder):
+            storage.delete(entry.key)
+
+
+def _folder(step: int) -> str:
+    return f"checkpoints/{step:06d}"

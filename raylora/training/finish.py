@@ -1,0 +1,68 @@
+"""What a finished run leaves for people: the file, a grid of samples, curves, a summary."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+from PIL import Image
+
+from raylora.base.storage import Storage
+from raylora.preview.options import PreviewOptions
+from raylora.review.curves import draw_curves
+from raylora.review.grid import draw_grid
+from raylora.training.checkpoint import checkpoint_steps
+from raylora.training.report import read_metrics
+from raylora.training.sample import sample_key
+
+
+def finish_run(storage: Storage, *, name: str, preview: PreviewOptions) -> dict[str, Any]:
+    """Write `<name>.safetensors`, `samples.png`, `curves.png` and, last, `result.json`.
+
+    Returns:
+        The content of result.json: steps, files, first and last held-out loss.
+    """
+    steps = checkpoint_steps(storage)[-1]
+    adapter = storage.read(f"checkpoints/{steps:06d}/adapter.safetensors")
+    storage.write(f"{name}.safetensors", adapter)
+    rows = read_metrics(storage)
+    storage.write("curves.png", draw_curves(rows, title=name))
+    files = {"adapter": f"{name}.safetensors", "curves": "curves.png"}
+    grid = _sample_grid(storage, name=name, preview=preview)
+    if grid is not None:
+        storage.write("samples.png", grid)
+        files["samples"] = "samples.png"
+    held_out = [row["validation"] for row in rows if "validation" in row]
+    result = {
+        "name": name,
+        "steps": steps,
+        "files": files,
+        "adapter_bytes": len(adapter),
+        "validation_first": held_out[0] if held_out else None,
+        "validation_last": held_out[-1] if held_out else None,
+    }
+    storage.write("result.json", json.dumps(result, indent=1).encode())
+    return result
+
+
+def _sample_grid(storage: Storage, *, name: str, preview: PreviewOptions) -> bytes | None:
+    keys = {entry.key for entry in storage.entries("samples")}
+    steps = sorted({int(key.split("/")[1]) for key in keys})
+    numbers = range(len(preview.prompts))
+    steps = [step for step in steps if all(sample_key(step, n) in keys for n in numbers)]
+    if not steps or not preview.prompts:
+        return None
+    pictures = [
+        [Image.open(io.BytesIO(storage.read(sample_key(step, n)))) for step in steps]
+        for n in numbers
+    ]
+    grid = draw_grid(
+        pictures,
+        rows=preview.prompts,
+        columns=["base, step 0" if step == 0 else f"step {step}" for step in steps],
+        title=f"{name}: same prompts and seeds along the run",
+    )
+    held = io.BytesIO()
+    grid.save(held, format="PNG", optimize=True)
+    return held.getvalue()

@@ -1,0 +1,85 @@
+"""A worker's samples of each step, and their cached tensors, fetched ahead of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raylora.data.dataset import Dataset
+from raylora.data.steps import SampleRef, StepPlan
+from raylora.training.shares import Shares
+
+AHEAD = 4
+"""Steps fetched ahead: enough to hide one slow object, little enough to throw away when shares move."""
+
+Tensors = Mapping[str, NDArray[np.generic]]
+
+
+class Loader:
+    """Names the samples of a step, picks this worker's, and has their tensors at hand.
+
+    Fetching ahead is a guess that shares stay as they are; where they moved, the step fetches what
+    is missing itself, so a guess never changes what is trained.
+    """
+
+    def __init__(self, dataset: Dataset, plan: StepPlan, shares: Shares, rank: int) -> None:
+        self.dataset = dataset
+        self.plan = plan
+        self.last_step: int | None = None
+        self._shares = shares
+        self._rank = rank
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="raylora-fetch")
+        self._ahead: dict[int, tuple[list[SampleRef], Future[list[Tensors]]]] = {}
+
+    def mine(self, step: int) -> tuple[list[SampleRef], int]:
+        """(this worker's samples of the step, how many the whole step has)."""
+        samples = self.plan.samples(step)
+        return samples[self._shares.mine(self._rank, len(samples))], len(samples)
+
+    def take(self, step: int) -> tuple[list[SampleRef], list[Tensors], int]:
+        """This worker's samples, their cached tensors, and the step's global count."""
+        samples, count = self.mine(step)
+        guessed = self._ahead.pop(step, None)
+        if guessed and guessed[0] == samples:
+            tensors = guessed[1].result()
+        else:
+            tensors = self._fetch(samples)
+        for old in [key for key in self._ahead if key < step]:
+            del self._ahead[old]
+        for later in range(step + 1, step + 1 + AHEAD):
+            wanted = later not in self._ahead
+            if wanted and (self.last_step is None or later < self.last_step):
+                ahead, _ = self.mine(later)
+                self._ahead[later] = (ahead, self._threads.submit(self._fetch, ahead))
+        return samples, tensors, count
+
+    def close(self) -> None:
+        """Stop fetching."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _fetch(self, samples: Sequence[SampleRef]) -> list[Tensors]:
+        return list(self.dataset.fetch([self.dataset.rows[sample.row] for sample in samples]))
+
+
+def micro_batches(
+    samples: Sequence[SampleRef], tensors: Sequence[Tensors], size: int
+) -> list[tuple[list[SampleRef], dict[str, Tensor]]]:
+    """Cut a worker's samples into batches of one bucket, at most `size` images each."""
+    batches = []
+    pairs = zip(samples, tensors, strict=True)
+    for _, group in groupby(pairs, key=lambda pair: pair[0].bucket):
+        mates = list(group)
+        for start in range(0, len(mates), size):
+            part = mates[start : start + size]
+            stacked = {
+                name: torch.from_numpy(np.stack([tensor[name] for _, tensor in part]))
+                for name in part[0][1]
+            }
+            batches.append(([sample for sample, _ in part], stacked))
+    return batches
