@@ -1,0 +1,31 @@
+"""raylora trains, sweeps and previews LoRAs for image diffusion models on any fleet of GPUs.
+
+The small public surface: `load_job`, `train`, `read_adapter`, `write_adapter`. All else may move.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_job", "read_adapter", "train", "write_adapter"]
+
+if TYPE_CHECKING:
+    from raylora.adapt.lora_file import read_adapter, write_adapter
+    from raylora.assemble import train
+    from raylora.job import load_job
+
+_HOMES = {
+    "load_job": "raylora.job",
+    "train": "raylora.assemble",
+    "read_adapter": "raylora.adapt.lora_file",
+    "write_adapter": "raylora.adapt.lora_file",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import raylora` alone loads no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raylora' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
