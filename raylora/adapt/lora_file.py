@@ -12,7 +12,6 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -90,7 +89,7 @@ class AdapterFile:
         """What the file adds to one layer's weight, float64, (O, I) or (O, I, kh, kw)."""
         return low_rank_delta(*self.modules[name].low_rank)
 
-    @cached_property
+    @property
     def hash_faults(self) -> list[str]:
         """Hashes in the metadata that do not fit the tensors; [] when all do or there are none."""
         claims = {

@@ -85,7 +85,8 @@ def header_bytes(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> b
             "shape": list(entry.shape),
             "data_offsets": [entry.start, entry.end],
         }
-    text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
+    # "replace": a folder name that is not UTF-8 must not keep a finished LoRA from being saved.
+    text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 

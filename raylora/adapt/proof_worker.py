@@ -1,0 +1,232 @@
+"""The far side of the proof of export: reads a saved LoRA as diffusers does and compares.
+
+`python -m raylora.adapt.proof_worker` answers requests on standard input until that closes, so it
+ends with its parent however the parent ends. A request is two frames, the file and what was
+trained; an answer is one frame of JSON. A frame is 8 bytes of length, then that many bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raylora.adapt.deltas import LowRank, delta_distance, delta_norm
+from raylora.adapt.keys import split_peft_key
+from raylora.adapt.safetensors_format import open_source, read_header, read_tensors
+from raylora.base.errors import ExportError
+
+_NAMED = 5  # faults of one kind that a message names
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What an independent reader found against what was trained.
+
+    Attributes:
+        modules: compared.
+        worst: largest ‖ΔW read - ΔW trained‖ / ‖ΔW trained‖ of a module.
+        worst_module: where that is; "" where no module differs at all.
+        problems: one sentence each; () when the file is what was trained.
+    """
+
+    modules: int
+    worst: float
+    worst_module: str
+    problems: tuple[str, ...]
+
+
+def read_with_diffusers(path: Path) -> dict[str, LowRank]:
+    """Every module of a LoRA file as diffusers' own reader gives it, by raylora's names.
+
+    Raises:
+        ExportError: diffusers refuses the file.
+    """
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    try:
+        state, network_alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            str(path), use_safetensors=True, local_files_only=True
+        )
+        halves: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in _as_peft(state).items():
+            name, half = split_peft_key(key)
+            halves.setdefault(name, {})[half] = tensor
+        alphas = _alphas_by_module(network_alphas or {})
+        return {
+            name: _low_rank(found["down"], found["up"], alphas.get(name))
+            for name, found in halves.items()
+        }
+    # The reader raises whatever its first surprised line raises; all of it means the same here.
+    except Exception as error:
+        message = f"diffusers cannot read the file ({type(error).__name__}: {error})"
+        raise ExportError(message) from error
+
+
+def compare(read: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> Comparison:
+    """Hold every module that was read against what was trained."""
+    problems = []
+    if missing := sorted(set(trained) - set(read)):
+        problems.append(f"missing from the file: {_some(missing)}")
+    if extra := sorted(set(read) - set(trained)):
+        problems.append(f"in the file but never trained: {_some(extra)}")
+    errors: dict[str, float] = {}
+    wrong: list[str] = []
+    both = sorted(set(read) & set(trained))
+    for name in both:
+        if not _same_shape(read[name], trained[name]):
+            wrong.append(name)
+            errors[name] = math.inf
+            continue
+        distance, norm = delta_distance(read[name], trained[name]), delta_norm([trained[name]])
+        errors[name] = distance / norm if norm else (math.inf if distance else 0.0)
+        # "not <=", so that NaN is a fault too.
+        if not distance <= rounding_bound(trained[name], read[name][0].dtype):
+            wrong.append(name)
+    wrong.sort(key=lambda name: -errors[name])
+    if wrong:
+        problems.append(f"ΔW differs: {_some([f'{n} by {errors[n]:.1%}' for n in wrong])}")
+    worst = max(both, key=lambda name: errors[name], default="")
+    return Comparison(
+        modules=len(both),
+        worst=errors.get(worst, 0.0),
+        worst_module=worst if errors.get(worst) else "",
+        problems=tuple(problems),
+    )
+
+
+def rounding_bound(trained: LowRank, dtype: torch.dtype) -> float:
+    """How far ΔW can move, in Frobenius norm, when a file rounds both halves to `dtype`.
+
+    Rounding moves a number x by at most u·|x|, u half the spacing at 1 (2^-11 in float16, 2^-8 in
+    bfloat16, 2^-24 in float32), or by half the smallest subnormal; so with δD, δU of that size
+    ‖(U+δU)(D+δD) - UD‖ <= ‖U‖‖δD‖ + ‖δU‖‖D‖ + ‖δU‖‖δD‖. alpha is rounded to float32 besides, and
+    this comparison itself to float64.
+    """
+    down, up, scale = trained
+    unit, half_subnormal = torch.finfo(dtype).eps / 2, _half_subnormal(dtype)
+    down_norm, up_norm = float(down.double().norm()), float(up.double().norm())
+    down_moved = unit * down_norm + half_subnormal * math.sqrt(down.numel())
+    up_moved = unit * up_norm + half_subnormal * math.sqrt(up.numel())
+    halves = up_norm * down_moved + up_moved * down_norm + up_moved * down_moved
+    alpha = 2.0**-24 * up_norm * down_norm
+    float64 = 1e-14 * up_norm * down_norm  # some 50 roundings of QR, 2^-53 each
+    return abs(scale) * (halves + alpha + float64)
+
+
+def _half_subnormal(dtype: torch.dtype) -> float:
+    info = torch.finfo(dtype)
+    return float(info.smallest_normal) * float(info.eps) / 2
+
+
+def _as_peft(state: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' two older spellings to its present one, with diffusers' own tables."""
+    from diffusers.utils import (
+        convert_state_dict_to_diffusers,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
+
+    unet = {key: value for key, value in state.items() if key.startswith("unet.")}
+    text = {key: value for key, value in state.items() if not key.startswith("unet.")}
+    if text:
+        text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text))
+    return {**convert_unet_state_dict_to_peft(unet), **text}
+
+
+def _alphas_by_module(network_alphas: Mapping[str, float]) -> dict[str, float]:
+    """Alpha of each module; the reader hangs it on the module or on its lower half, by kind."""
+    keys = {key.removesuffix(".alpha"): alpha for key, alpha in network_alphas.items()}
+    whole = {key: alpha for key, alpha in keys.items() if not key.endswith(".down.weight")}
+    lower = {key: alpha for key, alpha in keys.items() if key.endswith(".down.weight")}
+    return whole | {split_peft_key(key)[0]: alpha for key, alpha in _as_peft(lower).items()}
+
+
+def _low_rank(down: Tensor, up: Tensor, alpha: float | None) -> LowRank:
+    rank = down.shape[0]
+    return down, up, 1.0 if alpha is None else alpha / rank
+
+
+def _same_shape(first: LowRank, second: LowRank) -> bool:
+    return first[0].shape[1:] == second[0].shape[1:] and first[1].shape[0] == second[1].shape[0]
+
+
+def _some(words: list[str]) -> str:
+    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+    return ", ".join(words[:_NAMED]) + more
+
+
+def _trained(blob: bytes) -> dict[str, LowRank]:
+    stream, size, called = open_source(blob)
+    tensors = read_tensors(stream, read_header(stream, size, called))
+    names = {key.rpartition("|")[0] for key in tensors}
+    return {
+        name: (tensors[f"{name}|down"], tensors[f"{name}|up"], float(tensors[f"{name}|scale"]))
+        for name in names
+    }
+
+
+def _answer(file_bytes: bytes, expected: bytes) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="raylora-proof-") as folder:
+        path = Path(folder) / "adapter.safetensors"
+        path.write_bytes(file_bytes)
+        try:
+            return asdict(compare(read_with_diffusers(path), _trained(expected)))
+        except ExportError as error:
+            return asdict(Comparison(0, math.inf, "", (str(error),)))
+
+
+def _read_frame(source: int, parent: int) -> bytes | None:
+    """One frame; None when standard input has closed or the parent is gone."""
+    head = _read_exactly(source, 8, parent)
+    return None if head is None else _read_exactly(source, int.from_bytes(head, "little"), parent)
+
+
+def _read_exactly(source: int, count: int, parent: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < count:
+        # A process forked off the parent may hold the pipe open after the parent's death.
+        while not select.select([source], [], [], 1.0)[0]:
+            if os.getppid() != parent:
+                return None
+        piece = os.read(source, min(count - len(data), 1 << 20))
+        if not piece:
+            return None
+        data += piece
+    return bytes(data)
+
+
+def _serve(source: int, sink: int, parent: int) -> None:
+    import diffusers.loaders  # noqa: F401  (6-10 s with peft, once, while training goes on)
+
+    torch.set_num_threads(1)
+    while (file_bytes := _read_frame(source, parent)) is not None:
+        expected = _read_frame(source, parent)
+        if expected is None:
+            return
+        text = json.dumps(_answer(file_bytes, expected)).encode()
+        os.write(sink, len(text).to_bytes(8, "little") + text)
+
+
+def main() -> None:
+    """Serve on the pipes this process was started with."""
+    parent = os.getppid()
+    source, sink = os.dup(0), os.dup(1)
+    # Libraries print; what they print must not reach the pipe of answers.
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    _serve(source, sink, parent)
+
+
+if __name__ == "__main__":
+    main()
