@@ -39,10 +39,13 @@ class FamilyOptions(Options):
 class Encoder(Protocol):
     """Turns pixels and captions into what the denoiser is trained on."""
 
-    latents_facts: dict[str, Any]
-    """What names an encoded image: anything here changes, and images are encoded again."""
-    text_facts: dict[str, Any]
-    """What names an encoded caption."""
+    @property
+    def latents_facts(self) -> dict[str, Any]:
+        """What names an encoded image: anything here changes, and images are encoded again."""
+
+    @property
+    def text_facts(self) -> dict[str, Any]:
+        """What names an encoded caption."""
 
     def encode_images(self, pixels: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """(B, 3, H, W) in [-1, 1] -> {"latents": (B, C, h, w)}."""

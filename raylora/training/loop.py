@@ -55,6 +55,12 @@ class Run:
     reporter: Reporter | None
     saver: Saver | None
 
+    def close(self) -> None:
+        """End helper threads and processes, however the run ended."""
+        self.parts.loader.close()
+        if self.saver:
+            self.saver.close()
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -85,7 +91,6 @@ def run_training(run: Run) -> Outcome:
                 held_out = _look(run, done, before=held_out)
             if stopped or done == course.total_steps or _due(done, course.save_every):
                 _save(run, done)
-    parts.loader.close()
     if run.reporter:
         run.reporter.event("stopped" if stopped else "trained", step=done)
         run.reporter.flush()
@@ -177,7 +182,7 @@ def _save(run: Run, done: int) -> None:
         run.reporter.flush()
         facts: dict[str, Any] = {"dataset": run.dataset_hash, "shares": run.parts.shares.weights}
         proof = run.saver.save(run.parts, done, facts)
-        proven = {"proof_error": float(f"{proof.worst_relative_error:.2e}")} if proof else {}
+        proven = {"proof_error": float(f"{proof.worst_error:.2e}")} if proof else {}
         run.reporter.event("saved", step=done, **proven)
     if go_on:
         go_on()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from raylora.adapt.deltas import LowRank
 from raylora.adapt.lora_file import AdapterModule, adapter_bytes
 from raylora.adapt.proof import ExportProver, ProofReport
 from raylora.base.storage import Storage
@@ -65,13 +66,12 @@ class Saver:
         if self._prover:
             self._prover.close()
 
-    def _expected(self, parts: Parts) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-        adapter = parts.adapter
-        return {
-            name: (
-                held["down"].detach().cpu().clone(),
-                held["up"].detach().cpu().clone(),
-                adapter.scales[name],
-            )
-            for name, held in adapter.parameters.items()
-        }
+    def _expected(self, parts: Parts) -> dict[str, LowRank]:
+        """What was trained, from the adapter's own numbers and not from the file's making."""
+        adapter, expected = parts.adapter, {}
+        for site in adapter.sites:
+            held = adapter.parameters[site.name]
+            shape = (..., None, None) if site.kind == "conv" else (...,)
+            down, up = (held[word].detach().cpu().clone()[shape] for word in ("down", "up"))
+            expected[site.name] = (down, up, adapter.scales[site.name])
+        return expected

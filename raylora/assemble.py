@@ -1,0 +1,371 @@
+"""Job + Device -> Run: the only place where choices become objects, and the road without Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raylora.adapt.attach import Attachment, fresh_adapter
+from raylora.adapt.metadata import adapter_metadata
+from raylora.adapt.proof import ExportProver
+from raylora.base.errors import OptionError, TrainingError
+from raylora.base.fetch import local_folder
+from raylora.base.log import get_logger
+from raylora.base.storage import Storage, open_storage
+from raylora.base.units import mib
+from raylora.data.dataset import CachePlan, Dataset, load_dataset, prepare, run_item
+from raylora.data.rows import Row
+from raylora.data.steps import StepPlan
+from raylora.diffusion.losses import make_loss
+from raylora.families import Encoder, Family, get_family
+from raylora.header import adapter_facts
+from raylora.job import Job
+from raylora.networks import get_network
+from raylora.optim.optimizers import make_optimizer
+from raylora.optim.schedules import make_schedule
+from raylora.training.finish import finish_run
+from raylora.training.loader import Loader
+from raylora.training.loop import Course, Run, run_training
+from raylora.training.parts import Parts
+from raylora.training.reduce import Alone, Group
+from raylora.training.report import Reporter, Sink
+from raylora.training.run_folder import claim_run, finished_steps, next_attempt
+from raylora.training.sample import Previews
+from raylora.training.save import Saver
+from raylora.training.shares import Shares
+from raylora.training.validate import Validation
+
+log = get_logger("train")
+
+PRECISIONS = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.float32),
+    "fp64": (torch.float64, torch.float64),
+}
+"""(activations and base, adapter and optimizer)."""
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What is trained on, and what is held out."""
+
+    training: Dataset
+    validation: Dataset | None
+
+
+def train(
+    job: Job,
+    *,
+    extend: bool = False,
+    rehash: bool = False,
+    sinks: Sequence[Sink] = (),
+    prove: bool = True,
+) -> dict[str, Any]:
+    """Run a job in this process: cache, train, finish. The same call resumes.
+
+    Args:
+        extend: go on past the end of a finished run whose job now asks for more steps.
+        rehash: read every source image again, whatever its size and date say.
+        sinks: told every progress row.
+        prove: read each saved file back with diffusers; off only to measure speed.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        UserError: the job cannot run; nothing was trained.
+        TrainingError: the run stopped; what was saved stays good.
+    """
+    storage, done = claim(job, extend=extend)
+    if done is not None:
+        return done
+    family = open_family(job)
+    device = pick_device(job)
+    datasets = prepare_here(job, family, device=device, rehash=rehash)
+    run = make_run(job, family, datasets, storage, Alone(), device, sinks, prove=prove)
+    try:
+        outcome = run_training(run)
+    finally:
+        run.close()
+    if outcome.stopped:
+        raise TrainingError(
+            f"stopped at step {outcome.steps} as asked; the same command goes on from there."
+        )
+    return finish(job, storage)
+
+
+def open_store(job: Job) -> Storage:
+    """The run's folder in the store."""
+    return open_storage(job.store).within(job.run_folder)
+
+
+def claim(job: Job, *, extend: bool) -> tuple[Storage, dict[str, Any] | None]:
+    """Prove the store and take the run's name; (folder, result.json when nothing is left to do)."""
+    open_storage(job.store).check()
+    storage = open_store(job)
+    claim_run(storage, job.plain(), name=job.name, extend=extend)
+    done = finished_steps(storage)
+    if done is None or (extend and (job.training.steps is None or done < job.training.steps)):
+        return storage, None
+    result: dict[str, Any] = json.loads(storage.read("result.json"))
+    return storage, {**result, "already_done": True}
+
+
+def open_family(job: Job) -> Family:
+    """The base model, its weights fetched to this machine where they are elsewhere."""
+    make, _ = get_family(job.family.kind)
+    family = make(local_folder(job.family.weights), job.family)
+    for problem in size_problems(job, family):
+        raise OptionError(problem)
+    return family
+
+
+def size_problems(job: Job, family: Family) -> list[str]:
+    """Sizes and timesteps that this base cannot take, one sentence each."""
+    step, found = family.size_step, []
+    if job.data.bucket_reso_steps % step and job.data.enable_bucket:
+        found.append(
+            f"data.bucket_reso_steps is {job.data.bucket_reso_steps}; this base needs a multiple "
+            f"of {step}."
+        )
+    sides = {"data.resolution": job.data.size} if not job.data.enable_bucket else {}
+    if job.preview.prompts:
+        sides["preview.width and height"] = (job.preview.width, job.preview.height)
+    for name, size in sides.items():
+        if any(side % step for side in size):
+            found.append(f"{name} {size[0]}x{size[1]}: this base needs multiples of {step}.")
+    last = family.process.steps
+    high = job.training.max_timestep or last
+    if high > last or job.training.min_timestep >= high:
+        found.append(
+            f"training.min_timestep {job.training.min_timestep} and max_timestep {high}: the base "
+            f"has timesteps 0 to {last - 1}."
+        )
+    wrong = [t for t in job.validation.timesteps if not 0 <= t < last]
+    if wrong:
+        found.append(f"validation.timesteps {wrong}: the base has timesteps 0 to {last - 1}.")
+    return found
+
+
+def pick_device(job: Job) -> torch.device:
+    """The GPU of this machine, or the CPU where there is none or the job asks for it."""
+    return torch.device("cuda" if torch.cuda.is_available() and not job.fleet.cpus_only else "cpu")
+
+
+def plan_datasets(
+    job: Job, family: Family, *, rehash: bool, workers: int = 1
+) -> list[CachePlan]:
+    """What has to be encoded for training and, where there is one, for the held-out folder."""
+    latents_facts, text_facts = family.encoder_facts()
+    sections = [job.data, job.validation.data(job.data)]
+    return [
+        prepare(
+            section,
+            job.cache_url,
+            latents_facts=latents_facts,
+            text_facts=text_facts,
+            rehash=rehash,
+            workers=workers,
+        )
+        for section in sections
+        if section is not None
+    ]
+
+
+def prepare_here(
+    job: Job, family: Family, *, device: torch.device, rehash: bool = False
+) -> Datasets:
+    """Encode what is missing in this process; the encoders are loaded only if something is."""
+    plans = plan_datasets(job, family, rehash=rehash)
+    encoder: Encoder | None = None
+    for plan in plans:
+        for item in plan.items:
+            encoder = encoder or family.load_encoder(device=device)
+            run_item(plan.facts, item, encoder)
+    return load_datasets(plans)
+
+
+def load_datasets(plans: Sequence[CachePlan]) -> Datasets:
+    """The rows of finished plans; says what they hold."""
+    sets = [load_dataset(plan) for plan in plans]
+    for plan, dataset in zip(plans, sets, strict=True):
+        log.info(
+            "%s: %d images in %d buckets, %d bad",
+            plan.facts.data.folder,
+            len(dataset.rows),
+            len({row.bucket for row in dataset.rows}),
+            len(dataset.bad),
+        )
+    return Datasets(sets[0], sets[1] if len(sets) > 1 else None)
+
+
+def total_steps(job: Job, plan: StepPlan) -> int:
+    """Global steps of the whole run."""
+    if job.training.steps is not None:
+        return job.training.steps
+    assert job.training.epochs is not None
+    return math.ceil(job.training.epochs * plan.steps_per_epoch)
+
+
+def make_run(
+    job: Job,
+    family: Family,
+    datasets: Datasets,
+    storage: Storage,
+    group: Group,
+    device: torch.device,
+    sinks: Sequence[Sink] = (),
+    *,
+    prove: bool = True,
+) -> Run:
+    """Everything one worker needs; worker 0 also gets what reports and saves."""
+    plan = StepPlan(datasets.training.rows, job.training.images_per_step, job.data.order_seed)
+    total = total_steps(job, plan)
+    pinned = None if job.fleet.shares == "measured" else job.fleet.shares
+    shares = Shares(group.size, pinned if group.size > 1 else None)
+    loader = Loader(datasets.training, plan, shares, group.rank)
+    parts = _make_parts(job, family, loader, group, shares, total, device)
+    first = group.rank == 0
+    attempt = next_attempt(storage) if first else 0
+    reporter = _make_reporter(job, storage, attempt, total, device, sinks) if first else None
+    prover = ExportProver() if prove else None
+    saver = _make_saver(job, family, datasets, plan, total, storage, prover) if first else None
+    validation = Validation(datasets.validation, job.validation.timesteps)
+    return Run(
+        parts=parts,
+        course=_course(job, total),
+        storage=storage,
+        dataset_hash=fingerprint(datasets.training.rows),
+        validation=validation if datasets.validation else None,
+        previews=Previews(family, job.preview, storage) if job.preview.prompts else None,
+        reporter=reporter,
+        saver=saver,
+    )
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """16 hex digits that name what is trained on: images, captions, buckets and repeats."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        digest.update(f"{row.key}\0{row.repeats}\0".encode() + row.latents_key + row.text_key)
+    return digest.hexdigest()
+
+
+def finish(job: Job, storage: Storage) -> dict[str, Any]:
+    """Leave the file, pictures and curves in the run's folder."""
+    result = finish_run(storage, name=job.name, preview=job.preview)
+    log.info("adapter %s in %s", mib(result["adapter_bytes"]), storage.url)
+    return result
+
+
+def _make_parts(
+    job: Job,
+    family: Family,
+    loader: Loader,
+    group: Group,
+    shares: Shares,
+    total: int,
+    device: torch.device,
+) -> Parts:
+    dtype, exact = PRECISIONS[job.training.precision]
+    denoiser = family.load_denoiser(dtype=dtype, device=device)
+    network = get_network(job.network.kind)
+    sites = family.sites(denoiser, job.network.layers)
+    adapter = fresh_adapter(
+        network, job.network, sites, seed=job.training.seed, dtype=exact, device=device
+    )
+    steps = family.process.steps
+    return Parts(
+        denoiser=denoiser,
+        attachment=Attachment(denoiser, family.component, adapter),
+        adapter=adapter,
+        predict=family.predict,
+        process=family.process,
+        loss=make_loss(job.loss, family.process),
+        optimizer=make_optimizer(job.optimizer, adapter.values),
+        factor=make_schedule(job.schedule, total),
+        learning_rate=job.optimizer.learning_rate,
+        max_grad_norm=job.optimizer.max_grad_norm,
+        loader=loader,
+        group=group,
+        shares=shares,
+        micro_batch=job.memory.max_micro_batch,
+        seed=job.training.seed,
+        timesteps=(job.training.min_timestep, job.training.max_timestep or steps),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _course(job: Job, total: int) -> Course:
+    return Course(
+        total_steps=total,
+        save_every=job.training.save_every_steps,
+        validate_every=job.validation.every_steps,
+        preview_every=job.preview.every_steps,
+        refit_every=job.fleet.refit_every_steps,
+        checksum_every=job.fleet.checksum_every_steps,
+    )
+
+
+def _make_reporter(
+    job: Job,
+    storage: Storage,
+    attempt: int,
+    total: int,
+    device: torch.device,
+    sinks: Sequence[Sink],
+) -> Reporter:
+    reporter = Reporter(
+        storage,
+        attempt=attempt,
+        total_steps=total,
+        every_steps=job.log.every_steps,
+        device=device,
+        sinks=sinks,
+    )
+    reporter.event("started", attempt=attempt, steps=total, host_processors=os.cpu_count())
+    return reporter
+
+
+def _make_saver(
+    job: Job,
+    family: Family,
+    datasets: Datasets,
+    plan: StepPlan,
+    total: int,
+    storage: Storage,
+    prover: ExportProver | None,
+) -> Saver:
+    started = time.time()
+
+    def metadata(step: int) -> dict[str, str]:
+        facts = adapter_facts(
+            job,
+            family,
+            datasets.training,
+            plan,
+            step=step,
+            total_steps=total,
+            started_at=started,
+            now=time.time(),
+        )
+        return adapter_metadata(facts)
+
+    return Saver(
+        storage,
+        network=job.network,
+        dtype=getattr(torch, job.export.dtype),
+        metadata=metadata,
+        prover=prover,
+        keep_last=job.training.keep_last,
+    )
+
