@@ -62,11 +62,8 @@ def read_with_diffusers(path: Path) -> dict[str, LowRank]:
         for key, tensor in _as_peft(state).items():
             name, half = split_peft_key(key)
             halves.setdefault(name, {})[half] = tensor
-        alphas = _alphas_by_module(network_alphas or {})
-        return {
-            name: _low_rank(found["down"], found["up"], alphas.get(name))
-            for name, found in halves.items()
-        }
+        scales = _loaded_scales(halves, network_alphas or {})
+        return {name: (held["down"], held["up"], scales[name]) for name, held in halves.items()}
     # The reader raises whatever its first surprised line raises; all of it means the same here.
     except Exception as error:
         message = f"diffusers cannot read the file ({type(error).__name__}: {error})"
@@ -144,17 +141,42 @@ def _as_peft(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**convert_unet_state_dict_to_peft(unet), **text}
 
 
-def _alphas_by_module(network_alphas: Mapping[str, float]) -> dict[str, float]:
-    """Alpha of each module; the reader hangs it on the module or on its lower half, by kind."""
-    keys = {key.removesuffix(".alpha"): alpha for key, alpha in network_alphas.items()}
-    whole = {key: alpha for key, alpha in keys.items() if not key.endswith(".down.weight")}
-    lower = {key: alpha for key, alpha in keys.items() if key.endswith(".down.weight")}
-    return whole | {split_peft_key(key)[0]: alpha for key, alpha in _as_peft(lower).items()}
+def _loaded_scales(
+    halves: Mapping[str, Mapping[str, Tensor]], network_alphas: Mapping[str, float]
+) -> dict[str, float]:
+    """alpha / rank of each module as `load_lora_weights` will set it.
 
+    That is not always what the file says: where alphas differ between modules, diffusers 0.42 hands
+    peft patterns that no attention layer matches, and those get the alpha most modules have. So
+    diffusers and peft are asked, not the file.
+    """
+    from diffusers.utils import get_peft_kwargs
+    from peft.utils.other import get_pattern_key
 
-def _low_rank(down: Tensor, up: Tensor, alpha: float | None) -> LowRank:
-    rank = down.shape[0]
-    return down, up, 1.0 if alpha is None else alpha / rank
+    scales = {}
+    for component in ("unet", "text_encoder"):
+        # The text encoder's modules have no `text_model.` level in transformers 5.
+        paths = {
+            name: name.removeprefix(f"{component}.").removeprefix("text_model.")
+            for name in halves
+            if name.startswith(f"{component}.")
+        }
+        ranks = {
+            f"{path}.lora_B.weight": halves[name]["up"].shape[1] for name, path in paths.items()
+        }
+        alphas = {
+            key.removeprefix(f"{component}."): alpha
+            for key, alpha in network_alphas.items()
+            if key.startswith(f"{component}.")
+        }
+        if not paths:
+            continue
+        config = get_peft_kwargs(ranks, alphas, dict.fromkeys(ranks), component == "unet")
+        patterns = config["alpha_pattern"]
+        for name, path in paths.items():
+            alpha = patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"])
+            scales[name] = alpha / ranks[f"{path}.lora_B.weight"]
+    return scales
 
 
 def _same_shape(first: LowRank, second: LowRank) -> bool:
