@@ -24,6 +24,7 @@ from raylora.adapt.keys import kohya_name
 from raylora.base.errors import ExportError, WeightsError
 
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+MODELSPEC_HASH = "modelspec.hash_sha256"
 
 _KEY = re.compile(r"(lora_(?:unet|te\d?)_\w+)\.(.+)", re.ASCII)
 _PARTS = (DOWN, UP, ALPHA)
@@ -90,17 +91,13 @@ class AdapterFile:
         return low_rank_delta(*self.modules[name].low_rank)
 
     @property
-    def hash_faults(self) -> list[str]:
-        """Hashes in the metadata that do not fit the tensors; [] when all do or there are none."""
-        claims = {
-            "sshs_model_hash": self.model_hash,
-            "modelspec.hash_sha256": f"0x{self.model_hash}",
-        }
-        return [
-            f"{word} does not match the bytes: the weights were changed after they were saved"
+    def hash_checks(self) -> dict[str, bool | None]:
+        """For each hash of the weights: does the header's fit the bytes? None where it has none."""
+        claims = {"sshs_model_hash": self.model_hash, MODELSPEC_HASH: f"0x{self.model_hash}"}
+        return {
+            word: self.metadata[word].lower() == value if word in self.metadata else None
             for word, value in claims.items()
-            if self.metadata.get(word, value).lower() != value
-        ]
+        }
 
 
 def adapter_bytes(
@@ -205,7 +202,7 @@ def _hashes(
     return {
         "sshs_model_hash": model_hash,
         "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
-        "modelspec.hash_sha256": f"0x{model_hash}",
+        MODELSPEC_HASH: f"0x{model_hash}",
     }
 
 

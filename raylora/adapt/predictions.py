@@ -7,6 +7,8 @@ own reading of the file to the plain weights. If both predict the same, the file
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,9 +81,7 @@ def verify_predictions(file_path: str | Path, base_path: str | Path) -> Predicti
     merged = _predict(pipeline)
     del pipeline, components
 
-    pipeline = _load(base_path)
-    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
-    loaded = _predict(pipeline)
+    loaded = _predict(_load_with_peft(base_path, path))
     effect = _relative(merged, base)
     report = PredictionReport(
         modules=len(modules),
@@ -124,6 +124,16 @@ def _load(base_path: str | Path) -> Any:
     except (OSError, ValueError) as error:
         raise WeightsError(f"{base_path} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load_with_peft(base_path: str | Path, path: Path) -> Any:
+    pipeline = _load(base_path)
+    with tempfile.TemporaryDirectory() as folder:
+        # diffusers goes by the name's ending, and unpickles what does not end like this.
+        copy = Path(folder) / "adapter.safetensors"
+        shutil.copyfile(path, copy)
+        pipeline.load_lora_weights(folder, weight_name=copy.name, local_files_only=True)
     return pipeline
 
 
