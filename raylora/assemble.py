@@ -160,9 +160,7 @@ def pick_device(job: Job) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not job.fleet.cpus_only else "cpu")
 
 
-def plan_datasets(
-    job: Job, family: Family, *, rehash: bool, workers: int = 1
-) -> list[CachePlan]:
+def plan_datasets(job: Job, family: Family, *, rehash: bool, workers: int = 1) -> list[CachePlan]:
     """What has to be encoded for training and, where there is one, for the held-out folder."""
     latents_facts, text_facts = family.encoder_facts()
     sections = [job.data, job.validation.data(job.data)]
@@ -236,7 +234,9 @@ def make_run(
     first = group.rank == 0
     attempt = next_attempt(storage) if first else 0
     reporter = _make_reporter(job, storage, attempt, total, device, sinks) if first else None
-    prover = ExportProver() if prove else None
+    prover = ExportProver() if prove and first else None
+    if prover:
+        prover.start()  # its imports take seconds; they are over when the first save comes
     saver = _make_saver(job, family, datasets, plan, total, storage, prover) if first else None
     validation = Validation(datasets.validation, job.validation.timesteps)
     return Run(
@@ -368,4 +368,3 @@ def _make_saver(
         prover=prover,
         keep_last=job.training.keep_last,
     )
-

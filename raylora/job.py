@@ -57,7 +57,9 @@ class Job(Options):
     """Where runs and caches live: a folder, file:// or s3://bucket/prefix."""
     family: SerializeAsAny[AnyFamily]
     """Which base model."""
-    network: SerializeAsAny[AnyNetwork] = Field(default_factory=lambda: get_network("lora").options())
+    network: SerializeAsAny[AnyNetwork] = Field(
+        default_factory=lambda: get_network("lora").options()
+    )
     """What is trained on it."""
     optimizer: OptimizerOptions = OptimizerOptions()
     """How it is moved."""

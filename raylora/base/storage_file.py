@@ -68,7 +68,7 @@ class FileStorage(Storage):
             return created
 
     def entries(self, prefix: str = "") -> list[Entry]:
-        folder = str(self._path(prefix.rstrip("/")) if prefix else self.folder)
+        folder = str(self._path(prefix.removesuffix("/")) if prefix else self.folder)
         found: list[Entry] = []
         with self._named_errors("list", prefix):
             for item in _files_below(folder):
@@ -93,7 +93,7 @@ class FileStorage(Storage):
             self._path(key).unlink()
 
     def within(self, prefix: str) -> FileStorage:
-        return FileStorage(str(self._path(prefix.rstrip("/"))))
+        return FileStorage(str(self._path(prefix.removesuffix("/"))))
 
     def _check_in(self, folder: str) -> None:
         super()._check_in(folder)

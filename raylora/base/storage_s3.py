@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from botocore.exceptions import ClientError
+
 from raylora.base import storage_s3_errors as errors
 from raylora.base.errors import StorageError
 from raylora.base.log import get_logger
@@ -86,7 +88,7 @@ class S3Storage(Storage):
         return unsure and self.read(key) == data
 
     def entries(self, prefix: str = "") -> list[Entry]:
-        folder = self.prefix + (f"{checked_key(prefix.rstrip('/'))}/" if prefix else "")
+        folder = self.prefix + (f"{checked_key(prefix.removesuffix('/'))}/" if prefix else "")
         found: list[Entry] = []
         for item in self._listing(prefix, folder):
             key = item["Key"][len(self.prefix) :]
@@ -101,7 +103,7 @@ class S3Storage(Storage):
         def head(s3: Any) -> Entry | None:
             try:
                 answer = s3.head_object(Bucket=self.bucket, Key=name)
-            except errors.ClientError as error:
+            except ClientError as error:
                 if errors.is_missing_object(error):
                     return None
                 raise
@@ -115,26 +117,27 @@ class S3Storage(Storage):
         def delete(s3: Any) -> None:
             try:
                 s3.delete_object(Bucket=self.bucket, Key=name)
-            except errors.ClientError as error:
+            except ClientError as error:
                 if not errors.is_missing_object(error):
                     raise
 
         self._request("delete", key, delete)
 
     def within(self, prefix: str) -> S3Storage:
-        return S3Storage(f"{self.bucket}/{self._name(prefix.rstrip('/'))}")
+        return S3Storage(f"{self.bucket}/{self._name(prefix.removesuffix('/'))}")
 
     def _name(self, key: str) -> str:
         return self.prefix + checked_key(key)
 
     def _listing(self, prefix: str, folder: str) -> Iterator[dict[str, Any]]:
         more: dict[str, str] = {}
+
+        def page_of(s3: Any) -> dict[str, Any]:
+            page: dict[str, Any] = s3.list_objects_v2(Bucket=self.bucket, Prefix=folder, **more)
+            return page
+
         while True:
-            page = self._request(
-                "list",
-                prefix,
-                lambda s3, more=more: s3.list_objects_v2(Bucket=self.bucket, Prefix=folder, **more),
-            )
+            page = self._request("list", prefix, page_of)
             yield from page.get("Contents", ())
             if not page.get("IsTruncated"):
                 return
@@ -155,7 +158,7 @@ class S3Storage(Storage):
                 options["IfMatch"] = tag
             try:
                 answer = s3.get_object(Bucket=self.bucket, Key=name, **options)
-            except errors.ClientError as error:
+            except ClientError as error:
                 if errors.is_past_end(error):
                     there = self.entry(key)
                     size = there.size_bytes if there else 0

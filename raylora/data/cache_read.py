@@ -62,12 +62,12 @@ class CacheReader:
             DataError: an entry is not in the cache.
         """
         places = self._find(keys)
-        wanted = list(dict.fromkeys((place.shard, place.group) for place in places))
-        if len(wanted) == 1:
-            groups = {wanted[0]: self._group(wanted[0])}
-        else:
-            groups = dict(zip(wanted, self._pool.map(self._group, wanted), strict=True))
-        return [groups[place.shard, place.group].row(place.row) for place in places]
+        wanted = dict.fromkeys((place.shard, place.group) for place in places)
+        groups = {key: self._opened(key) for key in wanted}
+        absent = [key for key, group in groups.items() if group is None]
+        fetched = dict(zip(absent, self._pool.map(self._group, absent), strict=True))
+        found = {key: group or fetched[key] for key, group in groups.items()}
+        return [found[place.shard, place.group].row(place.row) for place in places]
 
     def close(self) -> None:
         """Let go of the mapped files and of the threads."""

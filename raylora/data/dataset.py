@@ -47,7 +47,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows whose tensors are all cached; pickles without them, and opens the cache where it lands."""
+    """Rows whose tensors are all cached; pickles without them, opens the cache where it lands."""
 
     rows: tuple[Row, ...]
     """Sorted by key."""

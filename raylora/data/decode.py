@@ -11,8 +11,9 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from raylora.base.errors import DataError
 from raylora.data.bucket import Geometry, Size
@@ -54,7 +55,7 @@ _TURNS = {
 
 def decoder_name() -> str:
     """The decoder and its version: what one refuses, another may read."""
-    return f"pillow {Image.__version__}"
+    return f"pillow {PIL.__version__}"
 
 
 def read_size(data: bytes, key: str) -> Size:
@@ -156,6 +157,6 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 
 def _reason(data: bytes, error: BaseException) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return f"not an image that can be read (begins with {data[:8]!r})"
     return str(error) or type(error).__name__

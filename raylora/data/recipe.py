@@ -1,4 +1,4 @@
-"""Names of what is cached: a folder for each recipe, 16 bytes for each entry, hashes of their causes.
+"""Names of what is cached: a folder for each recipe, 16 bytes for each entry, hashes of causes.
 
 Whatever changes an entry's numbers is hashed into its name, so a stale entry is never found: a new
 image or geometry makes a new key, another VAE, resolution or background another folder.

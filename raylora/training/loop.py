@@ -12,7 +12,7 @@ from typing import Any
 from raylora.base.errors import TrainingError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage
-from raylora.training.checkpoint import State, optimizer_tensors, read_newest, restore
+from raylora.training.checkpoint import optimizer_tensors, read_newest, restore
 from raylora.training.parts import Parts
 from raylora.training.report import Reporter
 from raylora.training.sample import Previews

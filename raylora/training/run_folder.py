@@ -47,7 +47,9 @@ def claim_run(storage: Storage, job: Mapping[str, Any], *, name: str, extend: bo
         if len(longer) == len(differing)
         else "Choose another `name`, or undo the change to resume."
     )
-    raise JobError(f"name: the run {name!r} in {storage.url} is another job: {shown}{more}. {advice}")
+    raise JobError(
+        f"name: the run {name!r} in {storage.url} is another job: {shown}{more}. {advice}"
+    )
 
 
 def next_attempt(storage: Storage) -> int:

@@ -71,7 +71,7 @@ def train_step(parts: Parts, step: int, *, stop: bool = False) -> StepResult:
         my_images=len(samples),
         my_seconds=computed - fetched,
         wait_seconds=fetched - began,
-        stop=parts.group.size == 1 and stop or parts.group.size > 1 and bool(told[-1]),
+        stop=(parts.group.size == 1 and stop) or (parts.group.size > 1 and bool(told[-1])),
     )
 
 

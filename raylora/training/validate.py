@@ -56,9 +56,7 @@ def _loss_sum(
 ) -> float:
     shape = tuple(batch["latents"].shape[1:])
     drawn = [
-        draw_normal(
-            shape, seed=NOISE_SEED, step=timestep, sample=mate.number, purpose="validation"
-        )
+        draw_normal(shape, seed=NOISE_SEED, step=timestep, sample=mate.number, purpose="validation")
         for mate in mates
     ]
     timesteps = torch.full((len(mates),), timestep, dtype=torch.int64)

@@ -1,0 +1,92 @@
+"""Ray Data: the cache's work items go through a pool of encoder actors, as many as the fleet has.
+
+The road is that of one process: `prepare` names what is missing, `run_item` does one item and leaves
+it in storage, so a killed cluster has lost at most the items in hand, and nobody waits for one slow
+worker. Only names travel between the stages; pixels and tensors stay where they are made.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from raylora.assemble import Datasets, load_datasets, open_family, plan_datasets
+from raylora.base.log import get_logger, start_logging
+from raylora.data.dataset import run_item
+from raylora.data.plan import PlanFacts, WorkItem
+from raylora.families import Encoder
+from raylora.job import Job, job_from
+from raylora.on_ray.resources import stand_in
+
+log = get_logger("cache")
+
+
+class _Encode:
+    """An actor that holds the encoders and does work items."""
+
+    def __init__(self) -> None:
+        start_logging()
+        self._encoder: Encoder | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        work: _Work = pickle.loads(row["work"])
+        encoder = self._encoder or self._load(work)
+        self._encoder = encoder
+        report = run_item(work.facts, work.item, encoder)
+        return {"encoded": report.encoded, "bad": len(report.bad), "seconds": report.seconds}
+
+    def _load(self, work: _Work) -> Encoder:
+        stand_in(work.folder)
+        job = job_from(work.job)
+        on_gpu = torch.cuda.is_available() and not job.fleet.cpus_only
+        return open_family(job).load_encoder(device=torch.device("cuda" if on_gpu else "cpu"))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A work item and what an actor needs to start; small, so it rides along with each."""
+
+    facts: PlanFacts
+    item: WorkItem
+    job: dict[str, Any]
+    folder: str
+
+
+def prepare_on_ray(job: Job, *, rehash: bool = False) -> Datasets:
+    """Encode what the job's cache lacks on the connected cluster, and load the rows."""
+    family = open_family(job)
+    plans = plan_datasets(job, family, rehash=rehash, workers=job.fleet.count)
+    work = [
+        _Work(plan.facts, item, job.plain(), os.getcwd()) for plan in plans for item in plan.items
+    ]
+    if work:
+        _run(job, work)
+    return load_datasets(plans)
+
+
+def _run(job: Job, work: list[_Work]) -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    gpus = 0 if job.fleet.cpus_only else 1
+    actors = min(job.fleet.count, len(work))
+    done = (
+        ray.data.from_items(
+            [{"work": pickle.dumps(one)} for one in work], override_num_blocks=len(work)
+        )
+        .map(
+            _Encode,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+            num_cpus=job.fleet.cpus_per_worker,
+            num_gpus=gpus or None,
+        )
+        .take_all()
+    )
+    encoded = sum(row["encoded"] for row in done)
+    log.info("%d entries encoded by up to %d actors", encoded, actors)

@@ -1,0 +1,116 @@
+"""Ray Train: the same run, one worker a GPU (or a few CPUs), gradients summed over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raylora.assemble import Datasets, claim, finish, make_run, open_family, open_store
+from raylora.base.errors import RayloraError, TrainingError, UserError
+from raylora.base.log import start_logging
+from raylora.job import Job, job_from
+from raylora.on_ray.cache import prepare_on_ray
+from raylora.on_ray.progress import Progress
+from raylora.on_ray.resources import selectors, stand_in
+from raylora.training.loop import run_training
+from raylora.training.reduce import Alone, Distributed, Group
+from raylora.training.report import Sink
+
+
+def train_on_ray(
+    job: Job, *, extend: bool = False, rehash: bool = False, sinks: Sequence[Sink] = ()
+) -> dict[str, Any]:
+    """Cache, train and finish a job on the connected cluster; the content of result.json.
+
+    Raises:
+        UserError: the job cannot run.
+        TrainingError: the fleet failed more often than fleet.max_failures allows.
+    """
+    storage, done = claim(job, extend=extend)
+    if done is not None:
+        return done
+    datasets = prepare_on_ray(job, rehash=rehash)
+    held = ray.put(datasets)
+    with Progress(sinks) as progress:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "job": job.plain(),
+                "datasets": [held],
+                "told": progress.sender,
+                "folder": os.getcwd(),
+            },
+            scaling_config=_scaling(job),
+            run_config=RunConfig(
+                name=job.name,
+                storage_path=_ray_storage(job),
+                failure_config=FailureConfig(
+                    max_failures=job.fleet.max_failures, controller_failure_limit=3
+                ),
+            ),
+            torch_config=TorchConfig(backend="gloo"),
+        )
+        try:
+            outcome = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error) from error
+    if outcome["stopped"]:
+        raise TrainingError(
+            f"stopped at step {outcome['steps']} as asked; the same command goes on from there."
+        )
+    return finish(job, storage)
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What every worker runs; Ray Train has set up the process group."""
+    start_logging()
+    stand_in(config["folder"])
+    job = job_from(config["job"])
+    datasets: Datasets = ray.get(config["datasets"][0])
+    group: Group = Distributed() if get_context().get_world_size() > 1 else Alone()
+    device = ray.train.torch.get_device()
+    if job.fleet.cpus_only:
+        torch.set_num_threads(max(1, int(job.fleet.cpus_per_worker)))
+    told = config["told"]
+    sinks: list[Sink] = [told.put.remote] if group.rank == 0 else []
+    run = make_run(job, open_family(job), datasets, open_store(job), group, device, sinks)
+    try:
+        outcome = run_training(run)
+    finally:
+        run.close()
+    return {"steps": outcome.steps, "stopped": outcome.stopped}
+
+
+def _scaling(job: Job) -> ScalingConfig:
+    fleet = job.fleet
+    resources = {"CPU": fleet.cpus_per_worker}
+    if not fleet.cpus_only:
+        resources["GPU"] = 1
+    return ScalingConfig(
+        num_workers=fleet.count,
+        use_gpu=not fleet.cpus_only,
+        resources_per_worker=resources,
+        label_selector=selectors(fleet),
+    )
+
+
+def _ray_storage(job: Job) -> str:
+    """Ray's own bookkeeping, beside the runs; credentials stay in the environment."""
+    url = open_store(job).url.removesuffix(f"/{job.run_folder}")
+    return f"{url}/ray".removeprefix("file://")
+
+
+def _cause(error: Exception) -> RayloraError:
+    """The worker's own mistake, where it has one, in its own words."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        inner = getattr(failure, "cause", None) or failure
+        if isinstance(inner, UserError):
+            return inner
+        return TrainingError(f"a worker failed: {inner}")
+    return TrainingError(f"the fleet failed: {error}")
