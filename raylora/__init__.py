@@ -13,12 +13,12 @@ __all__ = ["__version__", "load_job", "read_adapter", "train", "write_adapter"]
 
 if TYPE_CHECKING:
     from raylora.adapt.lora_file import read_adapter, write_adapter
-    from raylora.assemble import train
     from raylora.job import load_job
+    from raylora.local import train
 
 _HOMES = {
     "load_job": "raylora.job",
-    "train": "raylora.assemble",
+    "train": "raylora.local",
     "read_adapter": "raylora.adapt.lora_file",
     "write_adapter": "raylora.adapt.lora_file",
 }

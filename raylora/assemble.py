@@ -1,4 +1,4 @@
-"""Job + Device -> Run: the only place where choices become objects, and the road without Ray."""
+"""Job + Device -> Run: the only place where choices become objects."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ import torch
 from raylora.adapt.attach import Attachment, fresh_adapter
 from raylora.adapt.metadata import adapter_metadata
 from raylora.adapt.proof import ExportProver
-from raylora.base.errors import OptionError, TrainingError
 from raylora.base.fetch import local_folder
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage, open_storage
 from raylora.base.units import mib
-from raylora.data.dataset import CachePlan, Dataset, load_dataset, prepare, run_item
+from raylora.data.dataset import CachePlan, Dataset, load_dataset, prepare
 from raylora.data.rows import Row
 from raylora.data.steps import StepPlan
 from raylora.diffusion.losses import make_loss
-from raylora.families import Encoder, Family, get_family
+from raylora.families import Family, get_family
 from raylora.header import adapter_facts
 from raylora.job import Job
 from raylora.networks import get_network
@@ -33,9 +32,9 @@ from raylora.optim.optimizers import make_optimizer
 from raylora.optim.schedules import make_schedule
 from raylora.training.finish import finish_run
 from raylora.training.loader import Loader
-from raylora.training.loop import Course, Run, run_training
+from raylora.training.loop import Course, Run
 from raylora.training.parts import Parts
-from raylora.training.reduce import Alone, Group
+from raylora.training.reduce import Group
 from raylora.training.report import Reporter, Sink
 from raylora.training.run_folder import claim_run, finished_steps, next_attempt
 from raylora.training.sample import Previews
@@ -61,55 +60,13 @@ class Datasets:
     validation: Dataset | None
 
 
-def train(
-    job: Job,
-    *,
-    extend: bool = False,
-    rehash: bool = False,
-    sinks: Sequence[Sink] = (),
-    prove: bool = True,
-) -> dict[str, Any]:
-    """Run a job in this process: cache, train, finish. The same call resumes.
-
-    Args:
-        extend: go on past the end of a finished run whose job now asks for more steps.
-        rehash: read every source image again, whatever its size and date say.
-        sinks: told every progress row.
-        prove: read each saved file back with diffusers; off only to measure speed.
-
-    Returns:
-        The content of result.json.
-
-    Raises:
-        UserError: the job cannot run; nothing was trained.
-        TrainingError: the run stopped; what was saved stays good.
-    """
-    storage, done = claim(job, extend=extend)
-    if done is not None:
-        return done
-    family = open_family(job)
-    device = pick_device(job)
-    datasets = prepare_here(job, family, device=device, rehash=rehash)
-    run = make_run(job, family, datasets, storage, Alone(), device, sinks, prove=prove)
-    try:
-        outcome = run_training(run)
-    finally:
-        run.close()
-    if outcome.stopped:
-        raise TrainingError(
-            f"stopped at step {outcome.steps} as asked; the same command goes on from there."
-        )
-    return finish(job, storage)
-
-
 def open_store(job: Job) -> Storage:
     """The run's folder in the store."""
     return open_storage(job.store).within(job.run_folder)
 
 
 def claim(job: Job, *, extend: bool) -> tuple[Storage, dict[str, Any] | None]:
-    """Prove the store and take the run's name; (folder, result.json when nothing is left to do)."""
-    open_storage(job.store).check()
+    """Take the run's name; (its folder, result.json when nothing is left to do)."""
     storage = open_store(job)
     claim_run(storage, job.plain(), name=job.name, extend=extend)
     done = finished_steps(storage)
@@ -122,10 +79,7 @@ def claim(job: Job, *, extend: bool) -> tuple[Storage, dict[str, Any] | None]:
 def open_family(job: Job) -> Family:
     """The base model, its weights fetched to this machine where they are elsewhere."""
     make, _ = get_family(job.family.kind)
-    family = make(local_folder(job.family.weights), job.family)
-    for problem in size_problems(job, family):
-        raise OptionError(problem)
-    return family
+    return make(local_folder(job.family.weights), job.family)
 
 
 def size_problems(job: Job, family: Family) -> list[str]:
@@ -178,19 +132,6 @@ def plan_datasets(job: Job, family: Family, *, rehash: bool, workers: int = 1) -
     ]
 
 
-def prepare_here(
-    job: Job, family: Family, *, device: torch.device, rehash: bool = False
-) -> Datasets:
-    """Encode what is missing in this process; the encoders are loaded only if something is."""
-    plans = plan_datasets(job, family, rehash=rehash)
-    encoder: Encoder | None = None
-    for plan in plans:
-        for item in plan.items:
-            encoder = encoder or family.load_encoder(device=device)
-            run_item(plan.facts, item, encoder)
-    return load_datasets(plans)
-
-
 def load_datasets(plans: Sequence[CachePlan]) -> Datasets:
     """The rows of finished plans; says what they hold."""
     sets = [load_dataset(plan) for plan in plans]
@@ -238,13 +179,13 @@ def make_run(
     if prover:
         prover.start()  # its imports take seconds; they are over when the first save comes
     saver = _make_saver(job, family, datasets, plan, total, storage, prover) if first else None
-    validation = Validation(datasets.validation, job.validation.timesteps)
+    held_out = datasets.validation
     return Run(
         parts=parts,
         course=_course(job, total),
         storage=storage,
         dataset_hash=fingerprint(datasets.training.rows),
-        validation=validation if datasets.validation else None,
+        validation=Validation(held_out, job.validation.timesteps) if held_out else None,
         previews=Previews(family, job.preview, storage) if job.preview.prompts else None,
         reporter=reporter,
         saver=saver,

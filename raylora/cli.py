@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import json
 import math
 import sys
@@ -60,7 +61,7 @@ class CommandFolder(click.Group):
 
 def first_line(name: str) -> str:
     """First line of a command's docstring, read without importing the file."""
-    path = Path(__file__).parent / "commands" / f"{name}.py"
+    path = Path(importlib.import_module(COMMANDS).__path__[0]) / f"{name}.py"
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0]
 

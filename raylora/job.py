@@ -48,6 +48,10 @@ else:
     AnyNetwork = _one_of(get_network(kind).options for kind in plugins("raylora.networks"))
 
 
+def _default_network() -> NetworkOptions:
+    return get_network("lora").options()
+
+
 class Job(Options):
     """A training job."""
 
@@ -57,9 +61,7 @@ class Job(Options):
     """Where runs and caches live: a folder, file:// or s3://bucket/prefix."""
     family: SerializeAsAny[AnyFamily]
     """Which base model."""
-    network: SerializeAsAny[AnyNetwork] = Field(
-        default_factory=lambda: get_network("lora").options()
-    )
+    network: SerializeAsAny[AnyNetwork] = Field(default_factory=_default_network)
     """What is trained on it."""
     optimizer: OptimizerOptions = OptimizerOptions()
     """How it is moved."""

@@ -1,7 +1,7 @@
 """Putting an adapter on a frozen model, with all of its numbers in one flat buffer.
 
-One buffer of values and one of gradients make the fleet's sum, the clip, the checksum, the optimizer
-and the checkpoint one operation each, whatever the number of layers.
+One buffer of values and one of gradients make the fleet's sum, the clip, the checksum, the
+optimizer and the checkpoint one operation each, whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -130,4 +130,4 @@ class Attachment:
             scale = adapter.scales[name] * adapter.strength
             return adapter.network.forward(adapter.parameters[name], x, base_output, scale)
 
-        module.forward = adapted  # type: ignore[method-assign]
+        module.forward = adapted

@@ -16,7 +16,6 @@ from typing import Literal
 from torch import nn
 
 from raylora.base.errors import WeightsError
-from raylora.base.lookup import did_you_mean
 
 Half = Literal["down", "up"]
 
@@ -85,7 +84,7 @@ def kohya_to_module(name: str, known_modules: Iterable[str]) -> str:
     """
     by_kohya = {kohya_name(module): module for module in known_modules}
     if name not in by_kohya:
-        raise WeightsError(f"{name}: the base has no such layer.{_nearest(name, by_kohya)}")
+        raise WeightsError(f"{name}: the base has no such layer. The LoRA is for another family.")
     return by_kohya[name]
 
 
@@ -106,9 +105,3 @@ def split_peft_key(key: str) -> tuple[str, Half]:
     raise WeightsError(
         f"{key}: not half of a LoRA, which ends with .lora_A.weight or .lora_B.weight."
     )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """A suggestion only when it is near; hundreds of layer names help nobody."""
-    hint = did_you_mean(name, known)
-    return hint if hint.startswith(" Did you mean") else " The LoRA is for another family."

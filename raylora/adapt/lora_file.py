@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,16 +139,15 @@ def write_adapter(
     """Write an adapter to a local file, whole or not at all; see `adapter_bytes`."""
     data = adapter_bytes(modules, metadata, dtype=dtype)
     target = Path(path)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with partial.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_adapter(source: str | Path | bytes) -> AdapterFile:

@@ -1,16 +1,16 @@
 """Every mistake raylora can name, one class a kind.
 
-    RayloraError
-    ├── UserError            the person can mend it: exit code 2, one sentence, no traceback
-    │   ├── JobError         the job file: unknown words, wrong types, choices that cannot work
-    │   ├── OptionError      one option's value is not allowed
-    │   ├── DataError        images, captions, data folders
-    │   ├── WeightsError     base weights or a LoRA file that cannot be read
-    │   ├── StorageError     a place that cannot be read or written
-    │   │   └── MissingObject
-    │   └── MemoryPlanError  it does not fit
-    ├── ExportError          a saved file did not come back as it was trained
-    └── TrainingError        the run cannot go on (NaN, drifting workers, a torn checkpoint)
+RayloraError
+├── UserError            the person can mend it: exit code 2, one sentence, no traceback
+│   ├── JobError         the job file: unknown words, wrong types, choices that cannot work
+│   ├── OptionError      one option's value is not allowed
+│   ├── DataError        images, captions, data folders
+│   ├── WeightsError     base weights or a LoRA file that cannot be read
+│   ├── StorageError     a place that cannot be read or written
+│   │   └── MissingObject
+│   └── MemoryPlanError  it does not fit
+├── ExportError          a saved file did not come back as it was trained
+└── TrainingError        the run cannot go on (NaN, drifting workers, a torn checkpoint)
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def local_folder(url: str) -> Path:
     folder = cache_home() / "weights" / hashlib.sha256(storage.url.encode()).hexdigest()[:16]
     entries = storage.entries()
     if not entries:
-        raise WeightsError(f"family.weights: there is nothing under {url}. Check bucket and prefix.")
+        raise WeightsError(f"family.weights: nothing is under {url}. Check bucket and prefix.")
     for entry in entries:
         target = folder / entry.key
         mark = target.with_name(f".{target.name}.tag")

@@ -1,8 +1,8 @@
 """Randomness that belongs to (seed, step, sample, purpose) and to nothing else.
 
 numpy's Philox is counter-based: a draw is a pure function of its key and counter, the same bits on
-every machine, whichever worker asks and in whatever order. Torch's generators are not used anywhere,
-since their bits differ between CPU kinds.
+every machine, whichever worker asks and in whatever order. Torch's generators are not used
+anywhere, since their bits differ between CPU kinds.
 """
 
 from __future__ import annotations

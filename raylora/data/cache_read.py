@@ -138,7 +138,7 @@ class CacheReader:
             page_checksum_verification=True,
         )
         columns = [name for name in file.schema_arrow.names if name not in {"key", "facts"}]
-        return file.read_row_group(group, columns=columns, use_threads=False)
+        return file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
 
     def _footer(self, shard: Shard) -> pq.FileMetaData:
         """The shard's table of contents, read once: eight bytes from the end is its length."""
@@ -175,7 +175,8 @@ class _Group:
 
 class _TensorColumn:
     def __init__(self, table: pa.Table, name: str) -> None:
-        values = table[name].combine_chunks()
+        # Not combine_chunks: it copies even a single chunk off the mapping.
+        (values,) = table[name].chunks
         _, offsets, self._data = values.buffers()
         first = values.offset
         self._offsets = np.frombuffer(offsets, np.int64)[first : first + len(values) + 1]
@@ -186,7 +187,10 @@ class _TensorColumn:
         dtype, shape = np.dtype(self._dtypes[number]), self._shapes[number]
         start, end = self._offsets[number : number + 2].tolist()
         count = (end - start) // dtype.itemsize
-        return np.frombuffer(self._data, dtype, count, start).reshape(shape)
+        tensor = np.frombuffer(self._data, dtype, count, start).reshape(shape)
+        # Others see the same bytes; those of a mapping could not be written anyway.
+        tensor.flags.writeable = False
+        return tensor
 
 
 class _Window(io.RawIOBase):

@@ -66,7 +66,7 @@ class ShardWriter:
         """
         if not self._rows:
             self._since = time.monotonic()
-        copies = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        copies = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
         self._rows.append((key, copies, json.dumps(facts, ensure_ascii=False)))
         self._bytes += sum(copy.nbytes for copy in copies.values())
         waited = time.monotonic() - self._since

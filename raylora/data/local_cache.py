@@ -68,13 +68,13 @@ class LocalCache:
     def put(self, name: str, table: pa.Table) -> pa.Table:
         """Keep a table, dropping others as needed; the same one, mapped.
 
-        One that is larger than the whole cache is handed back as it came.
+        Its columns have one chunk each. One larger than the whole cache is handed back as it came.
         """
         temporary = self._folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
         with _named_errors(self._folder):
             try:
                 with pa.ipc.new_file(str(temporary), table.schema) as writer:
-                    writer.write_table(table.combine_chunks())
+                    writer.write_table(table)
                 with self._locked():
                     if self._make_room(temporary.stat().st_size):
                         os.replace(temporary, self._path(name))

@@ -32,6 +32,7 @@ def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> Tensor:
         betas = torch.linspace(start, end, steps, dtype=torch.float64)
     else:
         raise WeightsError(
-            f"scheduler_config.json has beta_schedule {kind!r}; raylora knows scaled_linear, linear."
+            f"scheduler_config.json has beta_schedule {kind!r}; raylora knows scaled_linear and "
+            "linear."
         )
     return torch.cumprod(1.0 - betas, dim=0)

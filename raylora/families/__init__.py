@@ -5,8 +5,8 @@ A file `families/<kind>.py` defines
     class <Kind>Options(FamilyOptions): kind: Literal["<kind>"] = "<kind>" ...
     family: type[Family]
 
-and its name is the word in the YAML (`family.kind`). Everything that differs between SD 1.5, SDXL and
-FLUX is behind `Family`; nothing else asks which family it is.
+and its name is the word in the YAML (`family.kind`). Everything that differs between SD 1.5, SDXL
+and FLUX is behind `Family`; nothing else asks which family it is.
 """
 
 from __future__ import annotations

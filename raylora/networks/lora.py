@@ -47,7 +47,7 @@ class _LowRank(torch.autograd.Function):
         return torch.addmm(base_NO, hidden_NR, up_OR.to(x_NI.dtype).T, alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, down_RI, up_OR, hidden_NR = ctx.saved_tensors
         grad_hidden_NR = (grad_NO @ up_OR.to(grad_NO.dtype)).mul_(ctx.scale)
         grad_down = (grad_hidden_NR.T @ x_NI).to(down_RI.dtype)
@@ -71,7 +71,7 @@ class _LowRankConv(torch.autograd.Function):
         return torch.baddbmm(base_BOP, up, hidden_BRP, alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, grad_BOP: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BOP: Tensor) -> tuple[Tensor | None, ...]:
         x_BIP, down_RI, up_OR, hidden_BRP = ctx.saved_tensors
         grad_hidden_BRP = (up_OR.to(grad_BOP.dtype).T @ grad_BOP).mul_(ctx.scale)
         grad_down = (grad_hidden_BRP @ x_BIP.transpose(1, 2)).sum(0).to(down_RI.dtype)
@@ -92,11 +92,11 @@ def forward(parameters: Parameters, x: Tensor, base_output: Tensor, scale: float
     """
     down, up = parameters["down"], parameters["up"]
     if x.dim() == 4:
-        adapted = _LowRankConv.apply(x.flatten(2), down, up, base_output.flatten(2), scale)
+        adapted = _LowRankConv.apply(x.flatten(2), down, up, base_output.flatten(2), scale)  # type: ignore[no-untyped-call]
     else:
         flat_x = x.reshape(-1, x.shape[-1])
         flat_base = base_output.reshape(-1, base_output.shape[-1])
-        adapted = _LowRank.apply(flat_x, down, up, flat_base, scale)
+        adapted = _LowRank.apply(flat_x, down, up, flat_base, scale)  # type: ignore[no-untyped-call]
     assert isinstance(adapted, Tensor)
     return adapted.view(base_output.shape)
 

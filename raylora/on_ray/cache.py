@@ -1,8 +1,8 @@
 """Ray Data: the cache's work items go through a pool of encoder actors, as many as the fleet has.
 
-The road is that of one process: `prepare` names what is missing, `run_item` does one item and leaves
-it in storage, so a killed cluster has lost at most the items in hand, and nobody waits for one slow
-worker. Only names travel between the stages; pixels and tensors stay where they are made.
+The road is that of one process: `prepare` names what is missing, `run_item` does one item and
+leaves it in storage, so a killed cluster has lost at most the items in hand, and nobody waits for
+one slow worker. Only names travel between the stages; pixels and tensors stay where they are made.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 import ray
 import torch
 
-from raylora.assemble import Datasets, load_datasets, open_family, plan_datasets
+from raylora.assemble import Datasets, load_datasets, open_family
 from raylora.base.log import get_logger, start_logging
+from raylora.check import Checked
 from raylora.data.dataset import run_item
 from raylora.data.plan import PlanFacts, WorkItem
 from raylora.families import Encoder
@@ -58,16 +59,15 @@ class _Work:
     folder: str
 
 
-def prepare_on_ray(job: Job, *, rehash: bool = False) -> Datasets:
+def prepare_on_ray(checked: Checked) -> Datasets:
     """Encode what the job's cache lacks on the connected cluster, and load the rows."""
-    family = open_family(job)
-    plans = plan_datasets(job, family, rehash=rehash, workers=job.fleet.count)
+    job = checked.job.plain()
     work = [
-        _Work(plan.facts, item, job.plain(), os.getcwd()) for plan in plans for item in plan.items
+        _Work(plan.facts, item, job, os.getcwd()) for plan in checked.plans for item in plan.items
     ]
     if work:
-        _run(job, work)
-    return load_datasets(plans)
+        _run(checked.job, work)
+    return load_datasets(checked.plans)
 
 
 def _run(job: Job, work: list[_Work]) -> None:

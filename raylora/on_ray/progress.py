@@ -14,7 +14,6 @@ from raylora.training.report import Row, Sink
 POLL_SECONDS = 0.5
 
 
-@ray.remote(num_cpus=0, max_concurrency=8)
 class _Mailbox:
     """Holds rows until the driver takes them."""
 
@@ -29,6 +28,9 @@ class _Mailbox:
         return rows
 
 
+_MailboxActor: Any = ray.remote(num_cpus=0)(_Mailbox)
+
+
 class Progress:
     """Hands rows that workers send to the driver's sinks, while the driver waits for the run.
 
@@ -37,7 +39,7 @@ class Progress:
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
-        self._mailbox: Any = _Mailbox.remote()
+        self._mailbox: Any = _MailboxActor.remote()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._forward, daemon=True)
 

@@ -14,11 +14,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raylora.assemble import Datasets, claim, finish, make_run, open_family, open_store
 from raylora.base.errors import RayloraError, TrainingError, UserError
 from raylora.base.log import start_logging
+from raylora.check import check_job
 from raylora.job import Job, job_from
+from raylora.local import refuse_stopped
 from raylora.on_ray.cache import prepare_on_ray
 from raylora.on_ray.progress import Progress
 from raylora.on_ray.resources import selectors, stand_in
-from raylora.training.loop import run_training
+from raylora.training.loop import Outcome, run_training
 from raylora.training.reduce import Alone, Distributed, Group
 from raylora.training.report import Sink
 
@@ -32,10 +34,11 @@ def train_on_ray(
         UserError: the job cannot run.
         TrainingError: the fleet failed more often than fleet.max_failures allows.
     """
+    checked = check_job(job, rehash=rehash)
     storage, done = claim(job, extend=extend)
     if done is not None:
         return done
-    datasets = prepare_on_ray(job, rehash=rehash)
+    datasets = prepare_on_ray(checked)
     held = ray.put(datasets)
     with Progress(sinks) as progress:
         trainer = TorchTrainer(
@@ -57,17 +60,14 @@ def train_on_ray(
             torch_config=TorchConfig(backend="gloo"),
         )
         try:
-            outcome = trainer.fit().return_value
+            outcome: Outcome = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
-    if outcome["stopped"]:
-        raise TrainingError(
-            f"stopped at step {outcome['steps']} as asked; the same command goes on from there."
-        )
+    refuse_stopped(outcome)
     return finish(job, storage)
 
 
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
+def _worker(config: dict[str, Any]) -> Outcome:
     """What every worker runs; Ray Train has set up the process group."""
     start_logging()
     stand_in(config["folder"])
@@ -81,10 +81,9 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     sinks: list[Sink] = [told.put.remote] if group.rank == 0 else []
     run = make_run(job, open_family(job), datasets, open_store(job), group, device, sinks)
     try:
-        outcome = run_training(run)
+        return run_training(run)
     finally:
         run.close()
-    return {"steps": outcome.steps, "stopped": outcome.stopped}
 
 
 def _scaling(job: Job) -> ScalingConfig:

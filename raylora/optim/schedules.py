@@ -27,11 +27,12 @@ def make_schedule(options: ScheduleOptions, total_steps: int) -> Callable[[int],
     p = (t - W) / (T - W): 1, 1 - p or (1 + cos(pi p)) / 2.
     """
     warmup = options.warmup_steps
-    after = {
+    shapes: dict[str, Callable[[float], float]] = {
         "constant": lambda p: 1.0,
         "linear": lambda p: 1.0 - p,
         "cosine": lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),
-    }[options.name]
+    }
+    after = shapes[options.name]
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -16,7 +16,7 @@ from raylora.data.steps import SampleRef, StepPlan
 from raylora.training.shares import Shares
 
 AHEAD = 4
-"""Steps fetched ahead: enough to hide one slow object, little enough to throw away when shares move."""
+"""Steps fetched ahead: enough to hide one slow object, few enough to drop when shares move."""
 
 Tensors = Mapping[str, NDArray[np.generic]]
 
@@ -46,10 +46,8 @@ class Loader:
         """This worker's samples, their cached tensors, and the step's global count."""
         samples, count = self.mine(step)
         guessed = self._ahead.pop(step, None)
-        if guessed and guessed[0] == samples:
-            tensors = guessed[1].result()
-        else:
-            tensors = self._fetch(samples)
+        hit = guessed is not None and guessed[0] == samples
+        tensors = guessed[1].result() if guessed and hit else self._fetch(samples)
         for old in [key for key in self._ahead if key < step]:
             del self._ahead[old]
         for later in range(step + 1, step + 1 + AHEAD):

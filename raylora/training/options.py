@@ -18,7 +18,7 @@ class TrainingOptions(Options):
     epochs: float | None = Field(None, gt=0)
     """Times that every image is seen `repeats` times. Give this or steps."""
     images_per_step: int = Field(4, ge=1)
-    """Images in one global step, over all workers together; what others call the effective batch."""
+    """Images in one global step, over all workers; what others call the effective batch."""
     seed: int = Field(0, ge=0, lt=2**63)
     """From it come first weights, noise, timesteps; the same on any fleet."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"

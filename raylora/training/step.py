@@ -1,7 +1,7 @@
 """One global step, from sample names to moved weights.
 
-What is summed is (gradients, loss, flags) of this worker's samples; what follows the sum is computed
-from it by every worker alike. So the step is the same mathematics for one worker or eight.
+What is summed is (gradients, loss, flags) of this worker's samples; what follows the sum is
+computed from it by every worker alike. So the step is the same mathematics for one worker or eight.
 """
 
 from __future__ import annotations

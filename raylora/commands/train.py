@@ -1,0 +1,51 @@
+"""Train a job: on a Ray cluster, or in this process with --local. The same command resumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from raylora.assemble import open_store
+from raylora.check import arithmetic, check_job
+from raylora.cli_options import json_option, set_option
+from raylora.job import Job, load_job
+from raylora.local import train
+from raylora.terminal import console, progress_sink, show_arithmetic, show_result
+
+
+@click.command("train")
+@click.argument("job")
+@click.option("--local", is_flag=True, help="In this process, without Ray.")
+@click.option("--extend", is_flag=True, help="Go on past the end of a finished run.")
+@click.option("--rehash", is_flag=True, help="Read every image again, whatever its date says.")
+@set_option
+@json_option
+def command(
+    job: str, local: bool, extend: bool, rehash: bool, overrides: tuple[str, ...], as_json: bool
+) -> dict[str, Any]:
+    """Train JOB, a YAML file; prints the run's folder last."""
+    read = load_job(job, overrides)
+    checked = check_job(read, rehash=rehash)
+    for warning in checked.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+    show_arithmetic(arithmetic(checked))
+    with progress_sink() as sink:
+        if local:
+            result = train(read, extend=extend, sinks=[sink])
+        else:
+            result = _on_ray(read, extend=extend, sink=sink)
+    folder = open_store(read).url
+    show_result(result, folder, job)
+    if not as_json:
+        click.echo(folder.removeprefix("file://"))
+    return {**result, "folder": folder}
+
+
+def _on_ray(job: Job, *, extend: bool, sink: Any) -> dict[str, Any]:
+    from raylora.on_ray.resources import connect
+
+    connect(job.fleet)
+    from raylora.on_ray.train import train_on_ray
+
+    return train_on_ray(job, extend=extend, sinks=[sink])

@@ -1,0 +1,72 @@
+"""The road without Ray: check, cache, train and finish a job in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raylora.assemble import Datasets, claim, finish, load_datasets, make_run, pick_device
+from raylora.base.errors import TrainingError
+from raylora.check import Checked, check_job
+from raylora.data.dataset import run_item
+from raylora.families import Encoder
+from raylora.job import Job
+from raylora.training.loop import Outcome, run_training
+from raylora.training.reduce import Alone
+from raylora.training.report import Sink
+
+
+def train(
+    job: Job,
+    *,
+    extend: bool = False,
+    rehash: bool = False,
+    sinks: Sequence[Sink] = (),
+    prove: bool = True,
+) -> dict[str, Any]:
+    """Run a job in this process. The same call resumes.
+
+    Args:
+        extend: go on past the end of a finished run whose job now asks for more steps.
+        rehash: read every source image again, whatever its size and date say.
+        sinks: told every progress row.
+        prove: read each saved file back with diffusers; off only to measure speed.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        UserError: the job cannot run; nothing was trained.
+        TrainingError: the run stopped; what was saved stays good.
+    """
+    checked = check_job(job, rehash=rehash)
+    storage, done = claim(job, extend=extend)
+    if done is not None:
+        return done
+    datasets = cache_here(checked)
+    device = pick_device(job)
+    run = make_run(job, checked.family, datasets, storage, Alone(), device, sinks, prove=prove)
+    try:
+        outcome = run_training(run)
+    finally:
+        run.close()
+    refuse_stopped(outcome)
+    return finish(job, storage)
+
+
+def cache_here(checked: Checked) -> Datasets:
+    """Encode what is missing in this process; the encoders are loaded only if something is."""
+    encoder: Encoder | None = None
+    for plan in checked.plans:
+        for item in plan.items:
+            encoder = encoder or checked.family.load_encoder(device=pick_device(checked.job))
+            run_item(plan.facts, item, encoder)
+    return load_datasets(checked.plans)
+
+
+def refuse_stopped(outcome: Outcome) -> None:
+    """A run that was asked to leave is no finished run."""
+    if outcome.stopped:
+        raise TrainingError(
+            f"stopped at step {outcome.steps} as asked; the same command goes on from there."
+        )
