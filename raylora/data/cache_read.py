@@ -128,17 +128,19 @@ class CacheReader:
     def _fetch(self, shard: Shard, group: int) -> pa.Table:
         footer = self._footer(shard)
         start, length = _byte_range(footer, group)
-        window = _Window(
-            self._storage.read_range(shard.key, start, length), start, shard.size_bytes
-        )
-        file = pq.ParquetFile(
-            pa.PythonFile(window, mode="r"),
-            metadata=footer,
-            pre_buffer=False,
-            page_checksum_verification=True,
-        )
-        columns = [name for name in file.schema_arrow.names if name not in {"key", "facts"}]
-        return file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
+        content = self._storage.read_range(shard.key, start, length)
+        window = pa.PythonFile(_Window(content, start, shard.size_bytes), mode="r")
+        try:
+            file = pq.ParquetFile(
+                window, metadata=footer, pre_buffer=False, page_checksum_verification=True
+            )
+            columns = [name for name in file.schema_arrow.names if name not in {"key", "facts"}]
+            return file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(
+                f"{self._storage.url}/{shard.key} is damaged ({error}). Delete the folder "
+                f"{self._place} and run `raylora cache` to make it again."
+            ) from error
 
     def _footer(self, shard: Shard) -> pq.FileMetaData:
         """The shard's table of contents, read once: eight bytes from the end is its length."""

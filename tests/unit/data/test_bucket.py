@@ -1,0 +1,138 @@
+"""Buckets, resize and crop, held against values of sd-scripts and against their meaning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raylora.base.errors import DataError, OptionError
+from raylora.data.bucket import Buckets, bucket_sizes, sd_scripts_crop
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+SETTINGS = json.loads((GOLDEN / "buckets.json").read_text())["settings"]
+NO_UPSCALE = json.loads((GOLDEN / "buckets_no_upscale.json").read_text())["settings"]
+
+SIDES = st.integers(1, 12_000)
+
+
+def buckets_of(setting: dict[str, Any]) -> Buckets:
+    return Buckets(
+        tuple(setting["max_reso"]),
+        minimum=setting["min_size"],
+        maximum=setting["max_size"],
+        step=setting["reso_steps"],
+        no_upscale=setting["no_upscale"],
+    )
+
+
+def name(case: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in case["setting"].values())
+
+
+@pytest.mark.parametrize("case", [case for case in SETTINGS if "images" in case], ids=name)
+def test_set_choice_resize_and_crop_are_those_of_sd_scripts(case: dict[str, Any]):
+    buckets = buckets_of(case["setting"])
+    assert buckets.sizes == [tuple(size) for size in case["predefined_resos"]]
+    for image in case["images"]:
+        size, bucket = tuple(image["size"]), tuple(image["bucket"])
+        geometry = buckets.place(size)
+        assert (geometry.bucket, geometry.resized) == (bucket, tuple(image["resized"]))
+        assert bucket[0] / bucket[1] - size[0] / size[1] == pytest.approx(
+            image["ar_error"], abs=1e-12
+        )
+        assert sd_scripts_crop(bucket, size) == pytest.approx(image["crop_ltrb"], abs=1e-9)
+        if "pixel_crop_xy" in image:
+            assert geometry.crop == tuple(image["pixel_crop_xy"])
+
+
+@pytest.mark.parametrize("case", [case for case in SETTINGS if "error" in case], ids=name)
+def test_a_maximum_below_the_resolution_is_refused_as_in_sd_scripts(case: dict[str, Any]):
+    with pytest.raises(OptionError, match=r"max_bucket_reso 960 is smaller .* Raise it to 1024"):
+        buckets_of(case["setting"])
+
+
+@pytest.mark.parametrize("case", NO_UPSCALE, ids=name)
+def test_without_upscaling_sizes_are_those_of_sd_scripts(case: dict[str, Any]):
+    buckets = buckets_of(case["setting"])
+    for image in case["images"]:
+        geometry = buckets.place(tuple(image["size"]))
+        assert [geometry.bucket, geometry.resized] == [
+            tuple(image["bucket"]),
+            tuple(image["resized"]),
+        ]
+
+
+def test_no_image_gets_a_bucket_of_size_zero():  # sd-scripts makes one
+    with pytest.raises(DataError, match="40x300 px is smaller than one step of 64 px"):
+        Buckets((512, 512), no_upscale=True).place((40, 300))
+    with pytest.raises(DataError, match="20000x20 px is smaller than one step"):
+        Buckets((512, 512), no_upscale=True).place((20000, 20))
+
+
+def test_a_strip_is_refused_before_it_needs_gigabytes():
+    with pytest.raises(DataError, match="too long and thin"):
+        Buckets((512, 512)).place((20_000, 1))
+
+
+def test_a_minimum_above_the_resolution_is_refused():
+    with pytest.raises(OptionError, match=r"min_bucket_reso 256 is larger .* Lower it to 128"):
+        Buckets((128, 512))
+
+
+def test_without_buckets_every_image_is_brought_to_the_resolution():
+    buckets = Buckets((512, 384), enabled=False, no_upscale=True)
+    geometry = buckets.place((100, 100))
+    assert (geometry.bucket, geometry.resized, geometry.crop) == ((512, 384), (512, 512), (0, 64))
+
+
+@given(
+    st.integers(64, 1536),
+    st.integers(64, 1536),
+    st.sampled_from([8, 32, 64]),
+    st.integers(64, 512),
+    st.integers(512, 2048),
+)
+def test_no_bucket_exceeds_the_area_nor_leaves_the_range(
+    width: int, height: int, step: int, minimum: int, maximum: int
+):
+    minimum, maximum = minimum // step * step, -(-maximum // step) * step
+    if not minimum <= min(width, height) <= max(width, height) <= maximum:
+        return
+    for size in bucket_sizes((width, height), minimum, maximum, step):
+        assert size[0] * size[1] <= width * height
+        assert all(minimum <= side <= maximum and side % step == 0 for side in size)
+
+
+@given(SIDES, SIDES, st.booleans(), st.sampled_from([8, 32, 64]))
+def test_a_crop_lies_inside_the_resized_image(width: int, height: int, keep: bool, step: int):
+    try:
+        geometry = Buckets((512, 768), step=step, no_upscale=keep).place((width, height))
+    except DataError:
+        return
+    for bucket, resized, crop in zip(geometry.bucket, geometry.resized, geometry.crop, strict=True):
+        assert crop >= 0
+        assert crop + bucket <= resized
+    if not keep:  # cover: at least one side fits exactly
+        assert any(b == r for b, r in zip(geometry.bucket, geometry.resized, strict=True))
+
+
+@given(SIDES, SIDES, st.booleans())
+def test_padding_shows_the_whole_image_inside_the_bucket(width: int, height: int, keep: bool):
+    try:
+        geometry = Buckets((512, 512), no_upscale=keep).place((width, height), "pad")
+    except DataError:
+        assert keep
+        return
+    (wide, high), (x, y) = geometry.resized, geometry.paste
+    assert x >= 0
+    assert y >= 0
+    assert x + wide <= geometry.bucket[0]
+    assert y + high <= geometry.bucket[1]
+    assert geometry.crop == (0, 0)
+    # The ratio survives up to the rounding of each side to a pixel.
+    assert abs(wide / width * height - high) <= 1 + height / width

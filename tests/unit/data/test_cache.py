@@ -1,0 +1,290 @@
+"""Shards, index, range reads and the bounded local folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from datafolders import CountingStorage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from raylora.base.errors import DataError
+from raylora.base.storage import Storage, open_storage
+from raylora.data.cache_index import CacheIndex, index_folder, index_segment
+from raylora.data.cache_read import CacheReader
+from raylora.data.cache_write import ShardWriter
+from raylora.data.local_cache import LocalCache
+from raylora.data.numbered import NumberedWriter
+
+FOLDER = "latents-0123456789abcdef"
+ROW_BYTES = 4 * 16 * 16 * 4
+GROUP_ROWS = 8
+MANY = 1 << 30
+
+
+def key_of(number: int) -> bytes:
+    return hashlib.blake2b(str(number).encode(), digest_size=16).digest()
+
+
+def latents_of(number: int) -> NDArray[np.float32]:
+    return np.random.default_rng(number).standard_normal((4, 16, 16), dtype=np.float32)
+
+
+def write(storage: Storage, numbers: range, *, stem: str = "128x128", **tensors: Any) -> None:
+    writer = ShardWriter(storage, FOLDER, stem, row_group_bytes=GROUP_ROWS * ROW_BYTES)
+    for number in numbers:
+        writer.add(key_of(number), {"latents": latents_of(number), **tensors}, {"n": number})
+    writer.flush()
+
+
+def test_tensors_come_back_bit_equal(storage: Storage, tmp_path: Path):
+    mask = np.array([True, False])
+    half = np.float16([[1.5, np.nan]])
+    write(storage, range(20), mask=mask, pooled=half, number=np.array(7, np.int64))
+    reader = CacheReader(storage, FOLDER, tmp_path / "local", MANY)
+    for number, got in zip([19, 3, 3], reader.get([key_of(n) for n in (19, 3, 3)]), strict=True):
+        assert got["latents"].tobytes() == latents_of(number).tobytes()
+        assert got["latents"].shape == (4, 16, 16)
+        assert got["mask"].tolist() == [True, False]
+        assert got["pooled"].tobytes() == half.tobytes()
+        assert got["pooled"].dtype == np.float16
+        assert got["number"].shape == ()
+        assert got["number"] == 7
+
+
+def test_a_shard_is_parquet_without_compression_or_dictionary_named_by_its_content(tmp_path: Path):
+    storage = open_storage(str(tmp_path))
+    write(storage, range(20))
+    (shard,) = storage.entries(f"{FOLDER}/shards")
+    data = storage.read(shard.key)
+    name = hashlib.blake2b(data, digest_size=16).hexdigest()
+    assert shard.key == f"{FOLDER}/shards/128x128-{name}.parquet"
+    file = pq.ParquetFile(tmp_path / shard.key)
+    groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+    assert [group.num_rows for group in groups] == [8, 8, 4]
+    columns = [group.column(c) for group in groups for c in range(group.num_columns)]
+    assert {column.compression for column in columns} == {"UNCOMPRESSED"}
+    assert not any(column.has_dictionary_page for column in columns)
+    assert str(file.schema_arrow.field("latents").type) == "large_binary"
+    facts = file.read(["facts"])["facts"].to_pylist()
+    assert [json.loads(text)["n"] for text in facts] == list(range(20))
+
+
+def test_the_default_row_group_has_4_to_8_mb(tmp_path: Path):
+    storage = open_storage(str(tmp_path))
+    writer = ShardWriter(storage, FOLDER, "512x512")
+    for number in range(200):
+        writer.add(key_of(number), {"latents": np.zeros((4, 64, 64), np.float32)}, {})
+    writer.flush()
+    (shard,) = storage.entries(f"{FOLDER}/shards")
+    first = pq.ParquetFile(tmp_path / shard.key).metadata.row_group(0)
+    assert 4e6 <= first.total_byte_size <= 8e6
+
+
+def test_a_reader_fetches_the_footer_and_the_row_groups_bytes_and_no_more(
+    storage: Storage, tmp_path: Path
+):
+    write(storage, range(64))
+    counting = CountingStorage(storage)
+    reader = CacheReader(counting, FOLDER, tmp_path / "local", MANY)
+    (shard,) = storage.entries(f"{FOLDER}/shards")
+    counting.reads.clear()
+    counting.read_bytes = 0
+    reader.get([key_of(number) for number in range(8)])  # all of one row group
+    footer = min(64 * 2**10, shard.size_bytes)
+    assert counting.reads == {shard.key: 2}
+    assert counting.read_bytes - footer < 1.1 * GROUP_ROWS * ROW_BYTES < shard.size_bytes / 7
+    reader.get([key_of(number) for number in range(8)])
+    assert counting.reads == {shard.key: 2}
+    reader.get([key_of(9)])
+    assert counting.reads == {shard.key: 3}
+    again = CacheReader(counting, FOLDER, tmp_path / "local", MANY)
+    again.get([key_of(0), key_of(9)])  # another process finds both on the disk
+    assert counting.reads[shard.key] == 3
+
+
+def test_arrays_are_views_of_the_mapped_file(tmp_path: Path):
+    storage = open_storage(str(tmp_path / "cache"))
+    write(storage, range(8))
+    reader = CacheReader(storage, FOLDER, tmp_path / "local", MANY)
+    one, two = reader.get([key_of(1), key_of(2)])
+    address = [got["latents"].__array_interface__["data"][0] for got in (one, two)]
+    assert address[1] - address[0] == ROW_BYTES
+    assert not one["latents"].flags.writeable
+    maps = Path("/proc/self/maps").read_text()
+    (local,) = (tmp_path / "local").glob("*.arrow")
+    assert str(local) in maps
+
+
+def test_the_first_writer_of_a_key_wins(storage: Storage, tmp_path: Path):
+    write(storage, range(4), who=np.array([1]))
+    write(storage, range(2, 6), who=np.array([2]))
+    reader = CacheReader(storage, FOLDER, tmp_path / "local", MANY)
+    got = reader.get([key_of(number) for number in range(6)])
+    assert [int(one["who"][0]) for one in got] == [1, 1, 1, 1, 2, 2]
+
+
+def test_a_reader_finds_what_was_written_after_it_was_opened(storage: Storage, tmp_path: Path):
+    write(storage, range(4))
+    reader = CacheReader(storage, FOLDER, tmp_path / "local", MANY)
+    write(storage, range(4, 8))
+    assert len(reader.get([key_of(number) for number in range(8)])) == 8
+    with pytest.raises(DataError, match="1 of 2 entries are not in the cache"):
+        reader.get([key_of(1), key_of(99)])
+
+
+def test_a_kill_between_shard_and_index_leaves_nothing_to_be_read(tmp_path: Path):
+    storage = open_storage(str(tmp_path / "cache"))
+    write(storage, range(4))
+    (segment,) = storage.entries(index_folder(FOLDER))
+    storage.delete(segment.key)
+    assert not CacheIndex(storage, FOLDER).contains([key_of(0)]).any()
+    write(storage, range(4))  # the same shard again, under the same name
+    assert len(storage.entries(f"{FOLDER}/shards")) == 1
+    assert CacheIndex(storage, FOLDER).contains([key_of(0)]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.binary(min_size=16, max_size=16), max_size=12), max_size=5))
+def test_the_index_is_a_dictionary_in_which_the_first_wins(
+    tmp_path_factory: pytest.TempPathFactory, segments: list[list[bytes]]
+):
+    storage = open_storage(str(tmp_path_factory.mktemp("index")))
+    writer = NumberedWriter(storage, index_folder(FOLDER), ".parquet")
+    expected: dict[bytes, tuple[str, int, int]] = {}
+    for number, keys in enumerate(segments):
+        # Keys that end or begin in zeros are as good as any.
+        keys = list(dict.fromkeys([*keys, bytes(16), bytes(15) + b"\1", b"\1" + bytes(15)]))
+        writer.put(index_segment(f"shard-{number}", 10, keys, group_rows=3))
+        for row, key in enumerate(keys):
+            expected.setdefault(key, (f"shard-{number}", row // 3, row % 3))
+    index = CacheIndex(storage, FOLDER)
+    assert len(index) == len(expected)
+    places = index.find([*expected, b"no such key 1234"])
+    assert places.pop() is None
+    assert [(p.shard.key, p.group, p.row) for p in places if p] == list(expected.values())
+    assert index.contains(list(expected)).all()
+
+
+def local_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_the_local_folder_stays_within_its_bound(tmp_path: Path):
+    storage = open_storage(str(tmp_path / "cache"))
+    write(storage, range(64))
+    bound = 3 * (GROUP_ROWS * ROW_BYTES + 4096)
+    counting = CountingStorage(storage)
+    reader = CacheReader(counting, FOLDER, tmp_path / "local", bound)
+    held = reader.get([key_of(0)])[0]["latents"]
+    for number in range(0, 64, 4):
+        (got,) = reader.get([key_of(number)])
+        assert got["latents"].tobytes() == latents_of(number).tobytes()
+        reader.get([key_of(0)])  # in use all the time, so never the oldest
+        assert local_bytes(tmp_path / "local") <= bound
+    assert len(list((tmp_path / "local").glob("*.arrow"))) == 3
+    assert sum(counting.reads.values()) == 1 + 1 + 8  # index, footer, each group once
+    assert held.tobytes() == latents_of(0).tobytes()
+
+
+def test_a_group_larger_than_the_local_bound_is_served_all_the_same(tmp_path: Path):
+    storage = open_storage(str(tmp_path / "cache"))
+    write(storage, range(8))
+    reader = CacheReader(storage, FOLDER, tmp_path / "local", 1000)
+    for number in range(8):
+        (got,) = reader.get([key_of(number)])
+        assert got["latents"].tobytes() == latents_of(number).tobytes()
+    assert local_bytes(tmp_path / "local") == 0
+
+
+def test_a_torn_local_file_is_fetched_again(tmp_path: Path):
+    storage = open_storage(str(tmp_path / "cache"))
+    write(storage, range(8))
+    local = tmp_path / "local"
+    CacheReader(storage, FOLDER, local, MANY).get([key_of(0)])
+    (file,) = local.glob("*.arrow")
+    file.write_bytes(b"")
+    (got,) = CacheReader(storage, FOLDER, local, MANY).get([key_of(0)])
+    assert got["latents"].tobytes() == latents_of(0).tobytes()
+
+
+def test_a_flipped_bit_in_a_shard_is_not_trained_on(tmp_path: Path):
+    storage = open_storage(str(tmp_path / "cache"))
+    write(storage, range(8))
+    (shard,) = storage.entries(f"{FOLDER}/shards")
+    data = bytearray(storage.read(shard.key))
+    data[data.find(latents_of(0).tobytes()[:64]) + 7] ^= 1
+    storage.write(shard.key, bytes(data))
+    with pytest.raises(DataError, match=r"is damaged .*Delete the folder"):
+        CacheReader(storage, FOLDER, tmp_path / "local", MANY).get([key_of(0)])
+
+
+def test_temporary_files_of_killed_processes_are_cleared(tmp_path: Path):
+    stale, young = tmp_path / ".tmp-1", tmp_path / ".tmp-2"
+    stale.touch()
+    young.touch()
+    os.utime(stale, (1, 1))
+    storage = open_storage(str(tmp_path / "cache"))
+    write(storage, range(8))
+    CacheReader(storage, FOLDER, tmp_path, MANY).get([key_of(0)])
+    assert not stale.exists()
+    assert young.exists()
+
+
+def test_many_threads_read_the_same_numbers_and_fetch_a_group_once(tmp_path: Path):
+    storage = open_storage(str(tmp_path / "cache"))
+    write(storage, range(64))
+    counting = CountingStorage(storage)
+    reader = CacheReader(counting, FOLDER, tmp_path / "local", MANY)
+    start = threading.Barrier(8)
+
+    def read(thread: int) -> None:
+        start.wait()
+        order = np.random.default_rng(thread).permutation(64)
+        for number in order.tolist():
+            (got,) = reader.get([key_of(number)])
+            assert got["latents"].tobytes() == latents_of(number).tobytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(8)))
+    assert sum(counting.reads.values()) == 1 + 1 + 8  # index, footer, groups
+
+
+def read_all(url: str, local: str, bound: int, seed: int) -> int:
+    reader = CacheReader(open_storage(url), FOLDER, Path(local), bound)
+    most = 0
+    for number in np.random.default_rng(seed).permutation(64).tolist():
+        (got,) = reader.get([key_of(number)])
+        assert got["latents"].tobytes() == latents_of(number).tobytes()
+        with open(Path(local) / ".lock", "ab") as lock:  # hold still to be counted
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            most = max(most, sum(path.stat().st_size for path in Path(local).glob("*.arrow")))
+    return most
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_local_folder_keep_its_bound(tmp_path: Path):
+    storage = open_storage(str(tmp_path / "cache"))
+    write(storage, range(64))
+    bound = 4 * (GROUP_ROWS * ROW_BYTES + 4096)
+    with get_context("spawn").Pool(2) as pool:
+        calls = [(storage.url, str(tmp_path / "local"), bound, seed) for seed in range(2)]
+        assert max(pool.starmap(read_all, calls)) <= bound
+
+
+def test_a_local_table_is_replaced_by_nobody(tmp_path: Path):
+    cache = LocalCache(tmp_path, MANY)
+    assert cache.open("absent") is None
+    assert not cache.touch("absent")
