@@ -164,15 +164,16 @@ def make_run(
     sinks: Sequence[Sink] = (),
     *,
     prove: bool = True,
+    report: bool = True,
 ) -> Run:
-    """Everything one worker needs; worker 0 also gets what reports and saves."""
+    """Everything one worker needs; worker 0 also gets what reports and saves, unless not asked."""
     plan = StepPlan(datasets.training.rows, job.training.images_per_step, job.data.order_seed)
     total = total_steps(job, plan)
     pinned = None if job.fleet.shares == "measured" else job.fleet.shares
     shares = Shares(group.size, pinned if group.size > 1 else None)
     loader = Loader(datasets.training, plan, shares, group.rank)
     parts = _make_parts(job, family, loader, group, shares, total, device)
-    first = group.rank == 0
+    first = group.rank == 0 and report
     attempt = next_attempt(storage) if first else 0
     reporter = _make_reporter(job, storage, attempt, total, device, sinks) if first else None
     prover = ExportProver() if prove and first else None

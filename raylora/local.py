@@ -39,7 +39,14 @@ def train(
         UserError: the job cannot run; nothing was trained.
         TrainingError: the run stopped; what was saved stays good.
     """
-    checked = check_job(job, rehash=rehash)
+    return train_checked(check_job(job, rehash=rehash), extend=extend, sinks=sinks, prove=prove)
+
+
+def train_checked(
+    checked: Checked, *, extend: bool = False, sinks: Sequence[Sink] = (), prove: bool = True
+) -> dict[str, Any]:
+    """`train` for a job that was checked already."""
+    job = checked.job
     storage, done = claim(job, extend=extend)
     if done is not None:
         return done

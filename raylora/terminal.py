@@ -72,7 +72,7 @@ def show_arithmetic(numbers: dict[str, Any]) -> None:
     console.print(lines)
 
 
-def show_result(result: dict[str, Any], folder: str, job_path: str) -> None:
+def show_result(result: dict[str, Any], folder: str) -> None:
     """The closing summary: what was made, where, and what to try next."""
     lines = Table.grid(padding=(0, 2))
     again = " (was finished already)" if result.get("already_done") else ""

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raylora.base.seeds import draw_generator, sample_number
-from raylora.networks import Draw, Network, NetworkOptions, Site
+from raylora.base.site import Site
+from raylora.networks import Draw, Network, NetworkOptions
 
 
 class Adapter:

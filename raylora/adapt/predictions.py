@@ -156,9 +156,10 @@ def _modules_in_base(adapter: AdapterFile, components: Mapping[str, nn.Module]) 
 
 def _compare_readers(path: Path, adapter: AdapterFile, modules: Mapping[str, str]) -> float:
     ours = {modules[kohya]: module.low_rank for kohya, module in adapter.modules.items()}
-    found = compare(read_with_diffusers(path), ours)
-    if found.problems:
-        raise ExportError(f"{path}: diffusers reads it otherwise; {'; '.join(found.problems)}")
+    reading = read_with_diffusers(path)
+    found = compare(reading.modules, ours)
+    if problems := [*found.problems, *reading.problems]:
+        raise ExportError(f"{path}: diffusers reads it otherwise; {'; '.join(problems)}")
     return found.worst
 
 

@@ -65,7 +65,7 @@ class ExportProver:
             return
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "raylora.adapt.proof_worker"],
+            [sys.executable, "-m", "raylora.adapt.proof_worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

@@ -14,7 +14,7 @@ import select
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,36 @@ class Comparison:
     problems: tuple[str, ...]
 
 
-def read_with_diffusers(path: Path) -> dict[str, LowRank]:
-    """Every module of a LoRA file as diffusers' own reader gives it, by raylora's names.
+@dataclass(frozen=True)
+class Reading:
+    """A LoRA file as diffusers' own reader gives it, by raylora's names.
+
+    Attributes:
+        modules: (down, up, alpha / rank), alpha as the file says and other programs apply it.
+        loaded_scales: alpha / rank as diffusers' `load_lora_weights` applies it.
+    """
+
+    modules: dict[str, LowRank]
+    loaded_scales: dict[str, float]
+
+    @property
+    def problems(self) -> list[str]:
+        """Where diffusers would not apply what the file says: one sentence, or none."""
+        wrong = [
+            f"{name} ({self.loaded_scales[name]:g} for {scale:g})"
+            for name, (_, _, scale) in sorted(self.modules.items())
+            if not math.isclose(self.loaded_scales[name], scale, rel_tol=1e-6)
+        ]
+        if not wrong:
+            return []
+        return [
+            "alpha differs between modules, and diffusers would apply another alpha / rank than "
+            f"the file says: {_some(wrong)}"
+        ]
+
+
+def read_with_diffusers(path: Path) -> Reading:
+    """Every module of a LoRA file, read by diffusers.
 
     Raises:
         ExportError: diffusers refuses the file.
@@ -62,12 +90,20 @@ def read_with_diffusers(path: Path) -> dict[str, LowRank]:
         for key, tensor in _as_peft(state).items():
             name, half = split_peft_key(key)
             halves.setdefault(name, {})[half] = tensor
-        scales = _loaded_scales(halves, network_alphas or {})
-        return {name: (held["down"], held["up"], scales[name]) for name, held in halves.items()}
+        alphas = _file_alphas(network_alphas or {})
+        modules = {
+            name: (held["down"], held["up"], alphas[name] / len(held["down"]))
+            if name in alphas
+            else (held["down"], held["up"], 1.0)
+            for name, held in halves.items()
+        }
+        return Reading(modules, _loaded_scales(halves, network_alphas or {}))
     # The reader raises whatever its first surprised line raises; all of it means the same here.
     except Exception as error:
-        message = f"diffusers cannot read the file ({type(error).__name__}: {error})"
-        raise ExportError(message) from error
+        said = " ".join(str(error).split())
+        raise ExportError(
+            f"diffusers cannot read the file ({type(error).__name__}: {said})"
+        ) from error
 
 
 def compare(read: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> Comparison:
@@ -141,6 +177,14 @@ def _as_peft(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**convert_unet_state_dict_to_peft(unet), **text}
 
 
+def _file_alphas(network_alphas: Mapping[str, float]) -> dict[str, float]:
+    """Alpha of each module; the reader hangs it on the module or on its lower half, by kind."""
+    keys = {key.removesuffix(".alpha"): alpha for key, alpha in network_alphas.items()}
+    whole = {key: alpha for key, alpha in keys.items() if not key.endswith(".down.weight")}
+    lower = {key: alpha for key, alpha in keys.items() if key.endswith(".down.weight")}
+    return whole | {split_peft_key(key)[0]: alpha for key, alpha in _as_peft(lower).items()}
+
+
 def _loaded_scales(
     halves: Mapping[str, Mapping[str, Tensor]], network_alphas: Mapping[str, float]
 ) -> dict[str, float]:
@@ -203,9 +247,11 @@ def _answer(file_bytes: bytes, expected: bytes) -> dict[str, Any]:
         path = Path(folder) / "adapter.safetensors"
         path.write_bytes(file_bytes)
         try:
-            return asdict(compare(read_with_diffusers(path), _trained(expected)))
+            reading = read_with_diffusers(path)
         except ExportError as error:
             return asdict(Comparison(0, math.inf, "", (str(error),)))
+    found = compare(reading.modules, _trained(expected))
+    return asdict(replace(found, problems=(*found.problems, *reading.problems)))
 
 
 def _read_frame(source: int, parent: int) -> bytes | None:
@@ -241,8 +287,8 @@ def _serve(source: int, sink: int, parent: int) -> None:
 
 
 def main() -> None:
-    """Serve on the pipes this process was started with."""
-    parent = os.getppid()
+    """Serve on the pipes this process was started with; the argument is the parent's process id."""
+    parent = int(sys.argv[1])  # not os.getppid(): the parent may have died during the imports
     source, sink = os.dup(0), os.dup(1)
     # Libraries print; what they print must not reach the pipe of answers.
     os.dup2(2, 1)

@@ -7,11 +7,12 @@ from typing import Any
 import click
 
 from raylora.assemble import open_store
-from raylora.check import arithmetic, check_job
+from raylora.check import Checked, arithmetic, check_job
 from raylora.cli_options import json_option, set_option
-from raylora.job import Job, load_job
-from raylora.local import train
+from raylora.job import load_job
+from raylora.local import train_checked
 from raylora.terminal import console, progress_sink, show_arithmetic, show_result
+from raylora.training.report import Sink
 
 
 @click.command("train")
@@ -32,20 +33,20 @@ def command(
     show_arithmetic(arithmetic(checked))
     with progress_sink() as sink:
         if local:
-            result = train(read, extend=extend, sinks=[sink])
+            result = train_checked(checked, extend=extend, sinks=[sink])
         else:
-            result = _on_ray(read, extend=extend, sink=sink)
+            result = _on_ray(checked, extend=extend, sink=sink)
     folder = open_store(read).url
-    show_result(result, folder, job)
+    show_result(result, folder)
     if not as_json:
         click.echo(folder.removeprefix("file://"))
     return {**result, "folder": folder}
 
 
-def _on_ray(job: Job, *, extend: bool, sink: Any) -> dict[str, Any]:
+def _on_ray(checked: Checked, *, extend: bool, sink: Sink) -> dict[str, Any]:
     from raylora.on_ray.resources import connect
 
-    connect(job.fleet)
+    connect(checked.job.fleet)
     from raylora.on_ray.train import train_on_ray
 
-    return train_on_ray(job, extend=extend, sinks=[sink])
+    return train_on_ray(checked, extend=extend, sinks=[sink])

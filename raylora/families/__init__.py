@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from raylora.base.lookup import load_plugin
 from raylora.base.options import Options
+from raylora.base.site import Site
 from raylora.diffusion.process import Process
-from raylora.networks import Site
 
 
 class FamilyOptions(Options):

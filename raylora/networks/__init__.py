@@ -22,6 +22,7 @@ from torch import Tensor
 
 from raylora.base.lookup import load_plugin
 from raylora.base.options import Options
+from raylora.base.site import Site
 
 Parameters = Mapping[str, Tensor]
 Draw = Callable[[tuple[int, ...]], NDArray[np.float64]]
@@ -45,22 +46,6 @@ class NetworkOptions(Options):
     def scale(self) -> float:
         """alpha / rank, by which the adapter's output is multiplied."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
-
-
-@dataclass(frozen=True)
-class Site:
-    """One frozen layer that an adapter sits on.
-
-    Attributes:
-        name: path with its component, e.g. `unet.mid_block.attentions.0.proj_in`.
-        kind: "linear", or "conv" for a convolution.
-        inputs, outputs: channels in and out.
-    """
-
-    name: str
-    kind: Literal["linear", "conv"]
-    inputs: int
-    outputs: int
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raylora.networks import Draw, Network, NetworkOptions, Parameters, Site
+from raylora.base.site import Site
+from raylora.networks import Draw, Network, NetworkOptions, Parameters
 
 
 class LoraOptions(NetworkOptions):

@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raylora.assemble import Datasets, claim, finish, make_run, open_family, open_store
 from raylora.base.errors import RayloraError, TrainingError, UserError
 from raylora.base.log import start_logging
-from raylora.check import check_job
+from raylora.check import Checked
 from raylora.job import Job, job_from
 from raylora.local import refuse_stopped
 from raylora.on_ray.cache import prepare_on_ray
@@ -26,15 +26,18 @@ from raylora.training.report import Sink
 
 
 def train_on_ray(
-    job: Job, *, extend: bool = False, rehash: bool = False, sinks: Sequence[Sink] = ()
+    checked: Checked, *, extend: bool = False, sinks: Sequence[Sink] = ()
 ) -> dict[str, Any]:
-    """Cache, train and finish a job on the connected cluster; the content of result.json.
+    """Cache, train and finish a checked job on the connected cluster.
+
+    Returns:
+        The content of result.json.
 
     Raises:
         UserError: the job cannot run.
         TrainingError: the fleet failed more often than fleet.max_failures allows.
     """
-    checked = check_job(job, rehash=rehash)
+    job = checked.job
     storage, done = claim(job, extend=extend)
     if done is not None:
         return done
