@@ -159,7 +159,9 @@ def _why_absent(plan: CachePlan, absent: Sequence[Row]) -> list[BadSample]:
     facts = plan.facts
     source = open_storage(facts.data.folder)
     memory = SourceMemory(
-        open_storage(facts.cache_url), source.url, judges=(decoder_name(), facts.latents_folder)
+        open_storage(facts.cache_url),
+        facts.sources_folder,
+        judges=(decoder_name(), facts.latents_folder),
     )
     memory.load()
     found: list[BadSample] = []

@@ -200,7 +200,7 @@ def _load(source: Storage, data: DataOptions, entry_key: bytes, key: str) -> _Re
 
 def _remember(facts: PlanFacts, source: Storage, failed: list[_Failed]) -> None:
     """Note bad images beside the other sources, so that the next run does not fetch them."""
-    memory = SourceMemory(open_storage(facts.cache_url), source.url)
+    memory = SourceMemory(open_storage(facts.cache_url), facts.sources_folder)
     for one in failed:
         entry = source.entry(one.sample_key) if one.sha256 else None
         # The file may have been repaired meanwhile; a verdict on old bytes must not stick to it.

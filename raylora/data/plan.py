@@ -11,6 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from raylora.base.errors import DataError, MissingObject
@@ -31,7 +32,7 @@ from raylora.data.recipe import (
     text_recipe,
     write_recipe,
 )
-from raylora.data.remembered import Seen, SourceMemory
+from raylora.data.remembered import Seen, SourceMemory, sources_folder
 from raylora.data.rows import BadSample, Row
 from raylora.data.source import DataOptions, Sample, read_listing
 
@@ -62,6 +63,8 @@ class PlanFacts:
     cache_url: str
     latents_folder: str
     text_folder: str
+    sources_folder: str
+    """Where verdicts on files go, though a worker may know the data folder by another path."""
     row_group_bytes: int = ROW_GROUP_BYTES
     flush_seconds: float = 60.0
 
@@ -115,7 +118,9 @@ def prepare(
     listing = read_listing(source, data)
     latents_folder = write_recipe(cache, latents_recipe(latents_facts, data))
     text_folder = write_recipe(cache, text_recipe(text_facts))
-    memory = SourceMemory(cache, source.url, judges=(decoder_name(), latents_folder))
+    memory = SourceMemory(
+        cache, sources_folder(source.url), judges=(decoder_name(), latents_folder)
+    )
     memory.load()
     seen = _look_at(source, listing.samples, memory, trust=not rehash)
     rows, bad = _rows(listing.samples, seen, data)
@@ -134,7 +139,10 @@ def prepare(
         "%d images, %d bad; to encode: %d of %d latents, %d of %d texts",
         *(len(listing.samples), len(bad), len(latents), len(images), len(text), len(texts)),
     )
-    facts = PlanFacts(data, cache.url, latents_folder, text_folder, row_group_bytes)
+    facts = PlanFacts(
+        *(data, cache.url, latents_folder, text_folder, sources_folder(source.url)),
+        row_group_bytes=row_group_bytes,
+    )
     return CachePlan(facts, tuple(rows), tuple(bad), tuple(items), tuple(listing.notes))
 
 
@@ -239,14 +247,19 @@ def _latents_items(rows: list[Row], workers: int, most: int) -> Iterable[WorkIte
         buckets[row.bucket].append((row.latents_key, row.key))
     size = _item_size(len(rows), workers, most)
     for bucket, entries in sorted(buckets.items()):
-        for start in range(0, len(entries), size):
-            yield WorkItem("latents", bucket, tuple(entries[start : start + size]))
+        yield from (WorkItem("latents", bucket, part) for part in _parts(entries, size))
 
 
 def _text_items(entries: list[tuple[bytes, str]], workers: int, most: int) -> Iterable[WorkItem]:
     size = _item_size(len(entries), workers, most)
-    for start in range(0, len(entries), size):
-        yield WorkItem("text", None, tuple(entries[start : start + size]))
+    yield from (WorkItem("text", None, part) for part in _parts(entries, size))
+
+
+def _parts(entries: list[tuple[bytes, str]], size: int) -> Iterable[tuple[tuple[bytes, str], ...]]:
+    """Parts of about equal length, none above `size`."""
+    count = -(-len(entries) // size)
+    ends = [len(entries) * part // count for part in range(count + 1)] if count else []
+    return (tuple(entries[start:end]) for start, end in pairwise(ends))
 
 
 def _item_size(entries: int, workers: int, most: int) -> int:

@@ -64,13 +64,13 @@ class SourceMemory:
 
     Args:
         cache: where the memory is kept.
-        folder_url: the data folder.
+        folder: `sources_folder` of the data folder.
         judges: whose verdicts of "bad" count; others are as if never given, so that a file is
             tried again after the decoder was updated.
     """
 
-    def __init__(self, cache: Storage, folder_url: str, judges: Iterable[str] = ()) -> None:
-        self._cache, self._folder = cache, sources_folder(folder_url)
+    def __init__(self, cache: Storage, folder: str, judges: Iterable[str] = ()) -> None:
+        self._cache, self._folder = cache, folder
         self._judges = frozenset(judges)
         self._writer = NumberedWriter(cache, self._folder, ".parquet")
         self._lock = threading.Lock()

@@ -6,9 +6,10 @@ import fcntl
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -262,16 +263,18 @@ def test_many_threads_read_the_same_numbers_and_fetch_a_group_once(tmp_path: Pat
     assert sum(counting.reads.values()) == 1 + 1 + 8  # index, footer, groups
 
 
-def read_all(url: str, local: str, bound: int, seed: int) -> int:
-    reader = CacheReader(open_storage(url), FOLDER, Path(local), bound)
-    most = 0
-    for number in np.random.default_rng(seed).permutation(64).tolist():
-        (got,) = reader.get([key_of(number)])
-        assert got["latents"].tobytes() == latents_of(number).tobytes()
-        with open(Path(local) / ".lock", "ab") as lock:  # hold still to be counted
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            most = max(most, sum(path.stat().st_size for path in Path(local).glob("*.arrow")))
-    return most
+CHILD = """
+import hashlib, sys
+from pathlib import Path
+from raylora.base.storage import open_storage
+from raylora.data.cache_read import CacheReader
+url, folder, local, bound = sys.argv[1:]
+reader = CacheReader(open_storage(url), folder, Path(local), int(bound))
+keys = [hashlib.blake2b(str(n).encode(), digest_size=16).digest() for n in range(64)]
+print("ready", flush=True)
+for number in [*range(64), *reversed(range(64))]:
+    reader.get([keys[number]])
+"""
 
 
 @pytest.mark.slow
@@ -279,9 +282,19 @@ def test_processes_that_share_a_local_folder_keep_its_bound(tmp_path: Path):
     storage = open_storage(str(tmp_path / "cache"))
     write(storage, range(64))
     bound = 4 * (GROUP_ROWS * ROW_BYTES + 4096)
-    with get_context("spawn").Pool(2) as pool:
-        calls = [(storage.url, str(tmp_path / "local"), bound, seed) for seed in range(2)]
-        assert max(pool.starmap(read_all, calls)) <= bound
+    local = tmp_path / "local"
+    command = [sys.executable, "-c", CHILD, storage.url, FOLDER, str(local), str(bound)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    reader = CacheReader(storage, FOLDER, local, bound)
+    for number in np.random.default_rng(0).permutation(64).tolist():
+        (got,) = reader.get([key_of(number)])
+        assert got["latents"].tobytes() == latents_of(number).tobytes()
+        with open(local / ".lock", "ab") as lock:  # hold still to be counted
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert sum(path.stat().st_size for path in local.glob("*.arrow")) <= bound
+    assert child.wait() == 0
 
 
 def test_a_local_table_is_replaced_by_nobody(tmp_path: Path):
