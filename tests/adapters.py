@@ -1,0 +1,97 @@
+"""Random adapters and empty base models, for tests of LoRA files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raylora.adapt.deltas import LowRank
+from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule
+
+TINY_BASE = Path(__file__).parents[1] / "jobs" / "quickstart" / "tiny-sd"
+GOLDEN = Path(__file__).parent / "golden" / "lora_file"
+SD15_MODULES: dict[str, Any] = json.loads((GOLDEN / "sd15_modules.json").read_text())
+"""Network of sd-scripts -> module as files name it -> [shape of down, shape of up, alpha]."""
+ATTENTION = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+SHAPES: dict[str, tuple[int, ...]] = {
+    f"{ATTENTION}.to_q": (64, 64),
+    f"{ATTENTION}.to_k": (64, 64),
+    f"{ATTENTION}.to_out.0": (64, 64),
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj": (512, 64),
+    "unet.down_blocks.1.attentions.0.proj_in": (64, 64, 1, 1),
+    "unet.mid_block.resnets.0.conv1": (96, 96, 3, 3),
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (96, 96),
+    "text_encoder.text_model.encoder.layers.0.self_attn.out_proj": (96, 96),
+    "text_encoder.text_model.encoder.layers.1.mlp.fc1": (192, 96),
+}
+"""A few layers of the tiny base, one of each kind, with the shape of their weights."""
+
+
+def random_module(
+    name: str, weight_shape: Sequence[int], *, rank: int = 4, alpha: float = 2.0, seed: int = 0
+) -> AdapterModule:
+    """A module with normal random halves of size 0.1."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs, inputs, *kernel = weight_shape
+    down = torch.randn(rank, inputs, *kernel, generator=generator) * 0.1
+    up = torch.randn(outputs, rank, *[1 for _ in kernel], generator=generator) * 0.1
+    return AdapterModule(name, {DOWN: down, UP: up, ALPHA: torch.tensor(alpha)})
+
+
+def random_adapter(
+    shapes: Mapping[str, Sequence[int]] | None = None, *, rank: int = 4, alpha: float = 2.0
+) -> list[AdapterModule]:
+    """One random module for each layer."""
+    return [
+        random_module(name, shape, rank=rank, alpha=alpha, seed=seed)
+        for seed, (name, shape) in enumerate((shapes or SHAPES).items())
+    ]
+
+
+def as_trained(modules: Sequence[AdapterModule]) -> dict[str, LowRank]:
+    """What a trainer hands to the proof."""
+    return {module.name: module.low_rank for module in modules}
+
+
+# The values with which Stable Diffusion 1.5 is built (diffusers' and transformers' words).
+SD15_UNET = {
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "sample_size": 64,
+}
+SD15_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+    "hidden_act": "quick_gelu",
+}
+
+
+@cache
+def sd15_components() -> dict[str, nn.Module]:
+    """UNet and text encoder of Stable Diffusion 1.5 in full size, without memory for weights."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel(**SD15_UNET),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15_TEXT)),
+        }

@@ -1,0 +1,224 @@
+"""The proof of export, with diffusers' real reader in its process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import (
+    SD15_MODULES,
+    SHAPES,
+    as_trained,
+    random_adapter,
+    random_module,
+    sd15_components,
+)
+from safetensors.torch import load
+from torch import Tensor
+
+from raylora.adapt.keys import kohya_name, kohya_to_module, module_names
+from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule, adapter_bytes
+from raylora.adapt.proof import ExportProver
+from raylora.adapt.safetensors_format import pack
+from raylora.base.errors import ExportError
+
+pytestmark = pytest.mark.slow
+
+MODULES = random_adapter()
+Q, K, OUT, FF, PROJ, CONV, *TEXT = SHAPES
+File = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def prover() -> Iterator[ExportProver]:
+    with ExportProver() as started:
+        yield started
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_file_that_says_what_was_trained_is_proved(
+    prover: ExportProver, dtype: torch.dtype
+) -> None:
+    report = prover.prove(adapter_bytes(MODULES, {}, dtype=dtype), as_trained(MODULES))
+    assert report.modules == len(MODULES)
+    # Of two independent roundings, each at most u: 2u; 2.2 for the mean over few ranks.
+    assert report.worst_error <= 2.2 * torch.finfo(dtype).eps / 2
+    assert (report.worst_error > 1e-6) == (dtype != torch.float32)
+    assert report.seconds > 0
+
+
+@pytest.mark.parametrize("network", SD15_MODULES)
+def test_diffusers_reads_every_sd15_module_of_sd_scripts(
+    prover: ExportProver, network: str
+) -> None:
+    known = [name for word, part in sd15_components().items() for name in module_names(word, part)]
+    generator = torch.Generator().manual_seed(0)
+    modules = [
+        AdapterModule(
+            kohya_to_module(name, known),
+            {
+                DOWN: torch.randn(down, generator=generator),
+                UP: torch.randn(up, generator=generator),
+                ALPHA: torch.tensor(alpha),
+            },
+        )
+        for name, (down, up, alpha) in SD15_MODULES[network].items()
+    ]
+    data = adapter_bytes(modules, {}, dtype=torch.float16)
+    assert prover.prove(data, as_trained(modules)).modules == len(SD15_MODULES[network])
+
+
+def tamper_alpha(file: File) -> None:
+    file[f"{kohya_name(Q)}.{ALPHA}"] *= 1.1
+
+
+def drop_alpha(file: File) -> None:
+    del file[f"{kohya_name(Q)}.{ALPHA}"]
+
+
+def swap(file: File) -> None:
+    for part in (DOWN, UP):
+        q, k = f"{kohya_name(Q)}.{part}", f"{kohya_name(K)}.{part}"
+        file[q], file[k] = file[k], file[q]
+
+
+def drop(file: File) -> None:
+    for part in (DOWN, UP, ALPHA):
+        del file[f"{kohya_name(CONV)}.{part}"]
+
+
+def rename(file: File) -> None:
+    for part in (DOWN, UP, ALPHA):
+        file[f"lora_unet_mid_block_resnets_7_conv1.{part}"] = file.pop(f"{kohya_name(CONV)}.{part}")
+
+
+def transpose(file: File) -> None:
+    down, up = f"{kohya_name(Q)}.{DOWN}", f"{kohya_name(Q)}.{UP}"
+    file[down], file[up] = file[up].T.contiguous(), file[down].T.contiguous()
+
+
+def permute_rows(file: File) -> None:
+    key = f"{kohya_name(TEXT[2])}.{UP}"
+    file[key] = file[key].roll(1, 0)
+
+
+def zero_half(file: File) -> None:
+    file[f"{kohya_name(FF)}.{UP}"].zero_()
+
+
+def unknown_key(file: File) -> None:
+    file["lora_unet_mid_block_resnets_0_conv1.dora_magnitude"] = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (tamper_alpha, f"ΔW differs: {Q} by 10.0%"),
+        (swap, f"ΔW differs: .*{Q} by 1.*%"),
+        (drop, f"missing from the file: {CONV}"),
+        (rename, f"missing from the file: {CONV}; in the file but never trained: unet.*resnets.7"),
+        (transpose, f"ΔW differs: {Q} by "),
+        (permute_rows, f"ΔW differs: {TEXT[2]} by 1..*%"),
+        (zero_half, f"ΔW differs: {FF} by 100.0%"),
+        (unknown_key, "diffusers cannot read the file .*dora_magnitude"),
+    ],
+)
+def test_a_file_that_says_otherwise_is_found_out(
+    prover: ExportProver, harm: Callable[[File], None], message: str
+) -> None:
+    file = load(adapter_bytes(MODULES, {}, dtype=torch.float32))
+    harm(file)
+    with pytest.raises(ExportError, match=message):
+        prover.prove(pack(file, {}), as_trained(MODULES))
+    good = adapter_bytes(MODULES, {}, dtype=torch.float32)
+    assert prover.prove(good, as_trained(MODULES)).modules == len(MODULES)
+
+
+def test_what_is_no_safetensors_file_is_not_proved(prover: ExportProver) -> None:
+    with pytest.raises(ExportError, match="diffusers cannot read the file"):
+        prover.prove(b"nonsense", as_trained(MODULES))
+
+
+def test_an_alpha_that_diffusers_would_not_apply_is_found_out(prover: ExportProver) -> None:
+    # diffusers 0.42 gives every attention layer the alpha that most modules have.
+    modules = [*MODULES[1:], random_module(Q, SHAPES[Q], alpha=3.0)]
+    with pytest.raises(ExportError, match=rf"diffusers would apply .*{Q} \(0\.5 for 0\.75\)"):
+        prover.prove(adapter_bytes(modules, {}, dtype=torch.float32), as_trained(modules))
+    # Other layers' own alphas it does apply, and ranks may differ anywhere.
+    modules = [*MODULES[:5], random_module(CONV, SHAPES[CONV], alpha=3.0), *MODULES[6:]]
+    modules[0] = random_module(Q, SHAPES[Q], rank=7)
+    data = adapter_bytes(modules, {}, dtype=torch.float32)
+    assert prover.prove(data, as_trained(modules)).modules == len(modules)
+
+
+def test_one_process_serves_all_saves(prover: ExportProver) -> None:
+    data = adapter_bytes(MODULES, {}, dtype=torch.float32)
+    prover.prove(data, as_trained(MODULES))
+    assert prover._process is not None
+    process = prover._process.pid
+    assert max(prover.prove(data, as_trained(MODULES)).seconds for _ in range(3)) < 2
+    assert prover._process.pid == process
+
+
+def test_a_reader_that_dies_is_an_error_and_the_next_proof_starts_another(
+    prover: ExportProver,
+) -> None:
+    data = adapter_bytes(MODULES, {}, dtype=torch.float32)
+    prover.start()
+    assert prover._process is not None
+    assert prover._stderr is not None
+    os.write(prover._stderr.fileno(), b"out of memory, say")
+    prover._process.send_signal(signal.SIGSEGV)
+    with pytest.raises(ExportError, match=r"died: exit code -11\..*out of memory, say"):
+        prover.prove(data * 100, as_trained(MODULES))
+    assert prover.prove(data, as_trained(MODULES)).modules == len(MODULES)
+
+
+def test_a_reader_that_does_not_answer_is_stopped() -> None:
+    with ExportProver(timeout_seconds=0.1) as prover:
+        prover.start()
+        process = prover._process
+        assert process is not None
+        with pytest.raises(ExportError, match=r"took over 0.1 s and was stopped"):
+            prover.prove(adapter_bytes(MODULES, {}, dtype=torch.float32), as_trained(MODULES))
+        assert process.returncode == -signal.SIGKILL
+    prover.close()
+
+
+def test_the_reader_ends_with_its_parent_even_by_kill_9() -> None:
+    # Also when a process forked off the parent still holds the pipe open.
+    script = (
+        "import os, sys, time\n"
+        "from raylora.adapt.proof import ExportProver\n"
+        "prover = ExportProver(); prover.start()\n"
+        "child = os.fork()\n"
+        "if child == 0: time.sleep(300)\n"
+        "print(prover._process.pid, child, flush=True); time.sleep(300)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    reader, child = (int(word) for word in parent.stdout.readline().split())
+    try:
+        assert os.getsid(reader) == reader  # so Ctrl-C in the terminal does not reach it
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        deadline = time.monotonic() + 60  # its imports come first
+        while _alive(reader) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not _alive(reader)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
