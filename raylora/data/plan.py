@@ -116,6 +116,8 @@ def prepare(
     """
     source, cache = open_storage(data.folder), open_storage(cache_url)
     listing = read_listing(source, data)
+    for note in listing.notes:
+        log.warning("%s", note)
     latents_folder = write_recipe(cache, latents_recipe(latents_facts, data))
     text_folder = write_recipe(cache, text_recipe(text_facts))
     memory = SourceMemory(

@@ -165,7 +165,13 @@ def read_listing(storage: Storage, options: DataOptions) -> Listing:
     if not used:
         raise DataError(_nothing_found(storage.url, images, options))
     notes = [*_left_out(entries, images, used, concepts)]
-    samples = [_sample(key, entries, concepts, options, notes) for key in sorted(used)]
+    ambiguous: list[str] = []
+    samples = [_sample(key, entries, concepts, options, ambiguous) for key in sorted(used)]
+    if ambiguous:
+        notes.append(
+            f"{_images(len(ambiguous))} with two caption files; the first of "
+            f"{', '.join(options.caption_extensions)} is used: {_first_few(ambiguous)}."
+        )
     return Listing(samples, notes)
 
 
@@ -174,12 +180,12 @@ def _sample(
     entries: dict[str, Entry],
     concepts: dict[str, tuple[int, str]],
     options: DataOptions,
-    notes: list[str],
+    ambiguous: list[str],
 ) -> Sample:
     repeats, concept = concepts.get(_top_folder(key), (options.repeats, None))
     captions = [name for name in _caption_keys(key, options.caption_extensions) if name in entries]
     if len(captions) > 1:
-        notes.append(f"{key}: {captions[0]} is its caption; {captions[1]} is not used.")
+        ambiguous.append(key)
     caption = entries[captions[0]] if captions else None
     return Sample(key, entries[key], caption, repeats, concept)
 
@@ -233,11 +239,14 @@ def _nothing_found(url: str, images: list[str], options: DataOptions) -> str:
         endings = " ".join(sorted(IMAGE_SUFFIXES))
         return f"{url}: no image here (looked for {endings}). Check data.folder."
     below = sorted({key.rpartition("/")[0] for key in images})
-    named = ", ".join(below[:3]) + (", …" if len(below) > 3 else "")
     return (
-        f"{url}: no image directly here, but {len(images)} below, in {named}. Name the folders "
-        "N_concept (N showings an epoch), or set data.recursive: true."
+        f"{url}: no image directly here, but {len(images)} below, in {_first_few(below)}. Name "
+        "these N_concept (N showings an epoch), or set data.recursive: true."
     )
+
+
+def _first_few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _images(count: int) -> str:

@@ -7,14 +7,20 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from raylora.base.storage import Entry, Storage, open_storage
+from raylora.data import dataset as dataset_module
+from raylora.data import encode, plan
+from raylora.data.dataset import Dataset, prepare_and_encode
 from raylora.data.source import DataOptions
+
+if TYPE_CHECKING:
+    import pytest
 
 # Four shapes, so that several buckets are in use.
 SHAPES = [(96, 96), (128, 80), (80, 128), (100, 60)]
@@ -100,9 +106,20 @@ def fill_folder(place: Storage | str | Path, count: int, *, shapes: list[Any] = 
     """`count` images with captions, `image-0003.png` and so on."""
     storage = place if isinstance(place, Storage) else open_storage(str(place))
     for number in range(count):
-        storage.write(f"image-{number:04d}.png", image_bytes(shapes[number % len(shapes)], number))
-        storage.write(f"image-{number:04d}.txt", f"picture {number}\nsecond line".encode())
+        image = image_bytes(shapes[number % len(shapes)], number)
+        _put(storage, f"image-{number:04d}.png", image)
+        _put(storage, f"image-{number:04d}.txt", f"picture {number}\nsecond line".encode())
     return storage
+
+
+def _put(storage: Storage, key: str, data: bytes) -> None:
+    scheme, _, folder = storage.url.partition("://")
+    if scheme != "file":
+        storage.write(key, data)
+        return
+    path = Path(folder) / key  # a storage would wait for the disk
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
 
 
 def small_options(folder: Storage | str | Path, **changes: Any) -> DataOptions:
@@ -116,3 +133,41 @@ def small_options(folder: Storage | str | Path, **changes: Any) -> DataOptions:
         "local_cache_gib": 0.1,
     }
     return DataOptions(folder=url, **{**settings, **changes})
+
+
+FACTS: dict[str, Any] = {
+    "latents_facts": NumpyEncoder.latents_facts,
+    "text_facts": NumpyEncoder.text_facts,
+}
+
+
+def build(
+    options: DataOptions, cache_url: str, encoder: NumpyEncoder | None = None, **more: Any
+) -> Dataset:
+    """The road without Ray; without an encoder, nothing may be encoded."""
+    make = NoEncoder if encoder is None else lambda: encoder
+    return prepare_and_encode(options, cache_url, make_encoder=make, **FACTS, **more)
+
+
+def as_bytes(dataset: Dataset) -> dict[str, dict[str, bytes]]:
+    tensors = dataset.fetch(dataset.rows)
+    return {
+        row.key: {name: array.tobytes() for name, array in one.items()}
+        for row, one in zip(dataset.rows, tensors, strict=True)
+    }
+
+
+class Counted:
+    """Counts the reads of every storage that raylora.data opens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened: list[CountingStorage] = []
+        for module in (plan, encode, dataset_module):
+            monkeypatch.setattr(module, "open_storage", self._open)
+
+    def _open(self, url: str) -> Storage:
+        self.opened.append(CountingStorage(open_storage(url)))
+        return self.opened[-1]
+
+    def reads_of(self, url: str) -> Counter[str]:
+        return sum((one.reads for one in self.opened if one.url == url), Counter())

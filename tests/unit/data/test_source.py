@@ -87,7 +87,7 @@ def test_extensions_are_looked_for_in_order_and_a_second_caption_is_named(tmp_pa
     assert listed(storage)["a.png"][2] == "a.txt"
     assert listed(storage, caption_extensions=(".caption", ".txt"))["a.png"][2] == "a.caption"
     notes = read_listing(storage, small_options(storage)).notes
-    assert notes == ["a.png: a.txt is its caption; a.caption is not used."]
+    assert notes == ["1 image with two caption files; the first of .txt, .caption is used: a.png."]
 
 
 def test_face_coordinates_are_dropped_to_find_a_caption(tmp_path: Path):

@@ -1,0 +1,88 @@
+"""What a plan holds: rows, work items, places."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from datafolders import (
+    FACTS,
+    NumpyEncoder,
+    build,
+    fill_folder,
+    image_bytes,
+    small_options,
+)
+
+from raylora.base.errors import DataError
+from raylora.base.storage import open_storage
+from raylora.data.dataset import (
+    PlanFacts,
+    prepare,
+)
+
+
+def test_other_encoders_have_other_folders(tmp_path: Path, cache_url: str):
+    folder = fill_folder(tmp_path / "images", 3)
+    options = small_options(folder)
+    one = prepare(options, cache_url, **FACTS)
+    two = prepare(options, cache_url, **{**FACTS, "text_facts": {"clip_skip": 2}})
+    assert one.facts.latents_folder == two.facts.latents_folder
+    assert one.facts.text_folder != two.facts.text_folder
+    cache = open_storage(cache_url)
+    recipe = json.loads(cache.read(f"{two.facts.text_folder}/recipe.json"))
+    assert recipe == {"kind": "text", "format": 1, "encoder": {"clip_skip": 2}}
+    recipe = json.loads(cache.read(f"{one.facts.latents_folder}/recipe.json"))
+    assert recipe["image"]["resolution"] == [96, 96]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5, 40])
+def test_there_are_two_items_a_worker_where_entries_allow(
+    tmp_path: Path, cache_url: str, workers: int
+):
+    folder = fill_folder(tmp_path / "images", 30)
+    done = prepare(small_options(folder), cache_url, workers=workers, **FACTS)
+    latents = [item for item in done.items if item.kind == "latents"]
+    texts = [item for item in done.items if item.kind == "text"]
+    assert len(latents) >= min(30, 2 * workers)
+    assert len(texts) >= min(31, 2 * workers)
+    assert sum(len(item.entries) for item in latents) == done.missing("latents") == 30
+    assert sum(len(item.entries) for item in texts) == done.missing("text") == 31
+    for item in latents:
+        keys = {key for _, key in item.entries}
+        assert {row.bucket for row in done.rows if row.key in keys} == {item.bucket}
+    if workers < 10:
+        assert len({len(item.entries) for item in texts}) <= 2  # none is much shorter
+    assert len(pickle.dumps((done.facts, latents[0]))) < 4000
+
+
+def test_a_data_set_without_captions_is_an_error_that_lists_files(tmp_path: Path, cache_url: str):
+    folder = open_storage(str(tmp_path / "images"))
+    for name in "abc":
+        folder.write(f"{name}.png", image_bytes((96, 96), 1))
+    with pytest.raises(DataError, match=r"a.png: no caption.*So have 2 more: b.png, c.png\."):
+        prepare(small_options(folder), cache_url, **FACTS)
+    dataset = build(small_options(folder, default_caption="x"), cache_url, NumpyEncoder())
+    assert {row.caption for row in dataset.rows} == {"x"}
+
+
+def test_concept_folders_give_repeats_and_captions(tmp_path: Path, cache_url: str):
+    folder = open_storage(str(tmp_path / "images"))
+    fill_folder(folder.within("3_red cat"), 2)
+    folder.delete("3_red cat/image-0001.txt")
+    dataset = build(small_options(folder), cache_url, NumpyEncoder())
+    assert [(row.repeats, row.caption) for row in dataset.rows] == [
+        (3, "picture 0"),
+        (3, "red cat"),
+    ]
+
+
+def test_the_facts_of_a_plan_name_its_places(tmp_path: Path, cache_url: str):
+    folder = fill_folder(tmp_path / "images", 2)
+    facts = prepare(small_options(folder), cache_url, **FACTS).facts
+    assert isinstance(facts, PlanFacts)
+    assert facts.latents_folder.startswith("latents-")
+    assert facts.text_folder.startswith("text-")
+    assert len(facts.latents_folder) == len("latents-") + 16
