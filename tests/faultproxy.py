@@ -19,7 +19,8 @@ from fnmatch import fnmatchcase
 from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
-Kind = Literal["503", "reset", "reset_after", "slow", "short"]
+Kind = Literal["reset", "reset_after", "slow", "short"] | str
+"""Or an HTTP status such as "503", or "503_after"; see `FaultProxy.fail_next`."""
 
 
 @dataclass
@@ -29,6 +30,7 @@ class _Fault:
     method: str
     kind: Kind
     seconds: float
+    code: str
 
 
 @dataclass
@@ -87,17 +89,19 @@ class FaultProxy:
         kind: Kind,
         method: str = "*",
         seconds: float = 0.5,
+        code: str = "SlowDown",
     ) -> None:
         """Do harm to the next `n` requests whose key and method match.
 
         Args:
-            kind: "503" answers so and forwards nothing; "reset" breaks the connection and forwards
-                nothing; "reset_after" lets the server do it all and then breaks the connection;
-                "slow" holds back the second half of both bodies for `seconds`; "short" closes the
-                connection in the middle of the answer's body.
+            kind: "503" (or any status) answers so with the error `code` and forwards nothing;
+                "503_after" lets the server do it all before; "reset" breaks the connection and
+                forwards nothing; "reset_after" lets the server do it all before; "slow" holds
+                back the second half of both bodies for `seconds`; "short" closes the connection
+                in the middle of the answer's body.
         """
         with self._lock:
-            self._faults.append(_Fault(n, pattern, method, kind, seconds))
+            self._faults.append(_Fault(n, pattern, method, kind, seconds, code))
 
     def on_put(
         self,
@@ -150,10 +154,10 @@ class FaultProxy:
             return _break(writer)
         if b"100-continue" in request.head.lower():
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if fault and fault.kind == "503":
+        if fault and fault.kind.isdigit():
             async for _ in _body(reader, request):
                 pass
-            return await _send(writer, _slow_down(request.method))
+            return await _send(writer, _refusal(request.method, fault))
         pause = fault.seconds if fault and fault.kind == "slow" else 0.0
         to_server = await asyncio.open_connection("127.0.0.1", self._server_port)
         try:
@@ -164,6 +168,8 @@ class FaultProxy:
             to_server[1].close()
         if fault and fault.kind == "reset_after":
             return _break(writer)
+        if fault and fault.kind.endswith("_after"):
+            return await _send(writer, _refusal(request.method, fault))
         middle = (answer.find(b"\r\n\r\n") + 4 + len(answer)) // 2
         await _send(writer, answer[:middle])
         await asyncio.sleep(pause)
@@ -245,13 +251,13 @@ def _for_server(head: bytes) -> bytes:
     return head[:-2] + b"Connection: close\r\n\r\n"
 
 
-def _slow_down(method: str) -> bytes:
-    body = (
-        b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+def _refusal(method: str, fault: _Fault) -> bytes:
+    body = f"<Error><Code>{fault.code}</Code><Message>asked for by a test</Message></Error>"
+    head = (
+        f"HTTP/1.1 {fault.kind[:3]} Refused\r\nContent-Type: application/xml\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    head = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
-    head += b"Content-Length: %d\r\n\r\n" % len(body)
-    return head if method == "HEAD" else head + body
+    return (head if method == "HEAD" else head + body).encode()
 
 
 async def _body(reader: asyncio.StreamReader, request: _Request) -> AsyncIterator[bytes]:

@@ -8,20 +8,18 @@ from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
 from botocore.exceptions import ClientError
-from botocore.parsers import ResponseParserError
 
 from raylora.base.errors import MissingObject, StorageError
 
 KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
-CALL_ERRORS = (ClientError, boto.BotoCoreError, ResponseParserError)
-"""Everything a call of the client raises; the last is an answer that breaks off in its XML."""
+CALL_ERRORS = (ClientError, boto.BotoCoreError)
+"""Everything a call of the client raises; botocore takes a torn listing for a 500."""
 
 _PASSING = (
     boto.HTTPClientError,
     boto.ConnectionError,
     boto.IncompleteReadError,
-    ResponseParserError,
 )
 _NEVER_SENT = (
     boto.EndpointConnectionError,
@@ -105,7 +103,8 @@ def bad_settings(error: Exception) -> StorageError:
 def in_words(error: Exception) -> str:
     """The failure in a few words, without addresses or keys."""
     if isinstance(error, ClientError):
-        return f"{_status(error)} {_code(error)}"
+        status, code = str(_status(error)), _code(error)
+        return status if code == status else f"{status} {code}"
     return type(error).__name__
 
 
@@ -147,9 +146,11 @@ def _answer_and_advice(error: ClientError, place: str, where: str) -> tuple[str,
             f"{where} refuses these credentials ({code})",
             f"Check that {KEYS} belong together and to AWS_ENDPOINT_URL, and are still valid.",
         )
+    if code == "RequestTimeTooSkewed":
+        return f"{where} finds this machine's clock wrong", "Set the clock."
     if status == 403:
         return (
-            f"access denied by {where} ({code})",
+            f"access denied by {where} ({in_words(error)})",
             f"Allow these credentials to list, get, put and delete objects in {bucket}, or check "
             f"{KEYS}.",
         )
@@ -164,11 +165,11 @@ def _answer_and_advice(error: ClientError, place: str, where: str) -> tuple[str,
         return f"{bucket} is in another region", "Set AWS_REGION to the bucket's region."
     if status == 501:
         return (
-            f"{where} lacks this operation ({code})",
+            f"{where} lacks this operation ({in_words(error)})",
             "raylora needs conditional writes (If-None-Match); choose a store that has them.",
         )
     message = error.response.get("Error", {}).get("Message", "")
-    return f"{where} answered {status} {code} {message}".rstrip(), "Look at the store's log."
+    return f"{where} answered {in_words(error)} {message}".rstrip(), "Look at the store's log."
 
 
 def endpoint() -> str:

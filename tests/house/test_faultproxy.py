@@ -29,12 +29,11 @@ def test_uploads_in_parts_pass_and_are_counted(
     arrow: pyarrow.fs.S3FileSystem, fault_proxy: FaultProxy, s3_url: str
 ):
     fault_proxy.fail_next(1, kind="503", method="PUT")
-    fault_proxy.fail_next(1, kind="reset", method="PUT")
     fault_proxy.fail_next(1, kind="reset_after", method="PUT")
     with arrow.open_output_stream(f"{s3_url.removeprefix('s3://')}/object") as stream:
         stream.write(BODY)
     assert open_storage(s3_url).read("object") == BODY
-    assert fault_proxy.count("PUT", "*/object") > 3
+    assert fault_proxy.count("PUT", "*/object") > 2
     assert fault_proxy.count("POST", "*/object") == 2
 
 
