@@ -23,6 +23,7 @@ from raylora.adapt.keys import find_module, kohya_to_module, module_names
 from raylora.adapt.lora_file import AdapterFile, read_adapter
 from raylora.adapt.proof_worker import compare, read_with_diffusers
 from raylora.base.errors import ExportError, WeightsError
+from raylora.base.log import get_logger
 from raylora.base.seeds import draw_normal
 
 # Two roads through some 50 float32 layers, 2^-24 a rounding: 3e-7 apart on the quickstart's base.
@@ -30,6 +31,7 @@ _ROUNDING = 3e-6
 _SHARE_OF_EFFECT = 0.01
 _MOST = 1e-5
 
+_LOG = get_logger("verify")
 _COMPONENTS = ("unet", "text_encoder")
 _PROMPTS = ("", "a photo of a cat", "a red house by the sea, painting")
 _TIMESTEPS = (50, 500, 950)
@@ -76,11 +78,15 @@ def verify_predictions(file_path: str | Path, base_path: str | Path) -> Predicti
     components = {name: getattr(pipeline, name) for name in _COMPONENTS}
     modules = _modules_in_base(adapter, components)
     reader_error = _compare_readers(path, adapter, modules)
+    # Minutes for a base of full size on a CPU, so each of the three is announced.
+    _LOG.info("%d modules read alike; predicting with the base alone", len(modules))
     base = _predict(pipeline)
+    _LOG.info("predicting with merged weights")
     _merge(adapter, modules, components)
     merged = _predict(pipeline)
     del pipeline, components
 
+    _LOG.info("predicting with diffusers and peft")
     loaded = _predict(_load_with_peft(base_path, path))
     effect = _relative(merged, base)
     report = PredictionReport(
