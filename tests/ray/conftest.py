@@ -1,0 +1,29 @@
+"""One cluster for all tests with Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from raylora.fleet import FleetOptions
+from raylora.on_ray.resources import connect
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder needs the cluster."""
+    for item in items:
+        if "tests/ray/" in item.path.as_posix():
+            item.add_marker("ray")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A cluster of 3 CPUs on this machine, which this process is connected to."""
+    import ray
+
+    assert "RAY_ADDRESS" not in os.environ, "the tests start a cluster of their own"
+    connect(FleetOptions(workers=3, cpus_only=True))
+    yield
+    ray.shutdown()
