@@ -38,8 +38,10 @@ from pathlib import Path
 import pytest
 from faultproxy import FaultProxy
 from s3server import BUCKET, OWNER, S3Server, running_s3_server
+from small import ROOT, small_job, train_small
 
 from raylora.base.storage import Storage, open_storage
+from raylora.job import Job
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +91,24 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "file":
         return open_storage(str(tmp_path / "storage"))
     return open_storage(request.getfixturevalue("s3_url"))
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A trained run: 6 steps, checkpoints at 3 and 6, previews of two prompts at 0, 3 and 6.
+
+    Its rate is high, so that pictures differ from step to step. Read it; write elsewhere.
+    """
+    job = small_job(
+        str(tmp_path_factory.mktemp("small-run")),
+        name="small",
+        data__folder=str(ROOT / "jobs/quickstart/demo-data/holdout"),
+        training__save_every_steps=3,
+        optimizer__learning_rate=1e-2,
+        schedule__warmup_steps=0,
+        preview__prompts=["ink icon, red heart, symbol", "ink icon, dog face, animal"],
+        preview__every_steps=3,
+        preview__steps=4,
+    )
+    train_small(job)
+    return job

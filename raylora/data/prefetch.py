@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,46 +30,3 @@ def map_ahead(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-class Prefetcher(Generic[Item, Result]):
-    """Pairs of an item and what `fetch` made of it, fetched by one thread while the loop trains.
-
-    `Prefetcher(steps, lambda rows: dataset.fetch(rows))` is iterated and closed, or used in `with`.
-
-    Args:
-        ahead: how many results may lie ready; each holds the tensors of one step.
-    """
-
-    def __init__(
-        self, items: Iterable[Item], fetch: Callable[[Item], Result], *, ahead: int = 2
-    ) -> None:
-        self.waited_seconds = 0.0
-        """How long the loop has waited for data, all in all."""
-        # One more than may lie ready: the thread works on it while they do.
-        self._results = map_ahead(lambda item: (item, fetch(item)), items, ahead=ahead + 1)
-
-    def __iter__(self) -> Iterator[tuple[Item, Result]]:
-        return self
-
-    def __next__(self) -> tuple[Item, Result]:
-        began = time.perf_counter()
-        try:
-            return next(self._results)
-        finally:
-            self.waited_seconds += time.perf_counter() - began
-
-    def close(self) -> None:
-        """Stop the thread after the fetch it is doing."""
-        self._results.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -8,17 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from raylora.data.prefetch import Prefetcher, map_ahead
+from raylora.data.prefetch import map_ahead
 
 
 def threads_left() -> int:
     return sum(thread.name.startswith("prefetch") for thread in threading.enumerate())
-
-
-def test_results_come_in_order_with_their_items():
-    with Prefetcher(range(20), lambda number: number * number) as steps:
-        assert list(steps) == [(number, number * number) for number in range(20)]
-    assert threads_left() == 0
 
 
 def test_no_more_than_asked_for_is_ahead():
@@ -29,11 +23,12 @@ def test_no_more_than_asked_for_is_ahead():
             taken.append(number)
             yield number
 
-    with Prefetcher(items(), lambda number: number, ahead=3) as steps:
-        for number, _ in steps:
-            assert len(taken) <= number + 1 + 3
-            if number == 10:
-                break
+    results = map_ahead(lambda number: number, items(), ahead=3)
+    for number in results:
+        assert len(taken) <= number + 3
+        if number == 10:
+            break
+    results.close()
     assert threads_left() == 0
 
 
@@ -43,22 +38,11 @@ def test_an_error_is_raised_where_its_result_would_have_come():
             raise ValueError("three")
         return number
 
-    steps = Prefetcher(range(9), fetch)
-    assert [next(steps)[0] for _ in range(3)] == [0, 1, 2]
+    results = map_ahead(fetch, range(9))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
-        next(steps)
+        next(results)
     assert threads_left() == 0
-
-
-def test_waiting_is_counted_and_fetching_overlaps_the_loop():
-    def fetch(number: int) -> int:
-        time.sleep(0.02)
-        return number
-
-    with Prefetcher(range(10), fetch) as steps:
-        for _ in steps:
-            time.sleep(0.03)
-    assert 0 < steps.waited_seconds < 0.15  # 0.2 s without overlap
 
 
 def test_several_threads_keep_the_order():

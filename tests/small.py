@@ -1,0 +1,71 @@
+"""Small real jobs: the quickstart with fewer steps and nothing around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+
+from raylora.assemble import make_run, open_family, open_store
+from raylora.check import check_job
+from raylora.job import Job, load_job, with_overrides
+from raylora.local import cache_here, train
+from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
+from raylora.training.reduce import Group
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "jobs" / "quickstart.yaml"
+
+
+def small_job(store: str, **overrides: Any) -> Job:
+    """The quickstart without previews and held-out images; `a__b=c` sets a.b."""
+    bare = {
+        "store": store,
+        "family.weights": str(ROOT / "jobs/quickstart/tiny-sd"),
+        "data.folder": str(ROOT / "jobs/quickstart/demo-data/train"),
+        "validation.folder": None,
+        "preview.prompts": [],
+        "training.steps": 6,
+        "training.images_per_step": 4,
+        "training.save_every_steps": None,
+        "schedule.warmup_steps": 2,
+        "fleet.workers": 1,
+    }
+    given = {path.replace("__", "."): value for path, value in overrides.items()}
+    return with_overrides(load_job(QUICKSTART), {**bare, **given})
+
+
+def train_small(job: Job) -> dict[str, Any]:
+    """Train in this process, without the proof, which has tests of its own."""
+    torch.set_num_threads(1)
+    return train(job, prove=False)
+
+
+def final_state(job: Job) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint."""
+    storage = open_store(job)
+    return read_checkpoint(storage, checkpoint_steps(storage)[-1]).tensors
+
+
+def saved_file(job: Job) -> dict[str, torch.Tensor]:
+    """Tensors of the run's LoRA file."""
+    return load_tensors(open_store(job).read(f"{job.name}.safetensors"))
+
+
+def first_values(job: Job, group: Group) -> torch.Tensor:
+    """The adapter's numbers before the first step."""
+    checked = check_job(job)
+    run = make_run(
+        job,
+        open_family(job),
+        cache_here(checked),
+        open_store(job),
+        group,
+        torch.device("cpu"),
+        prove=False,
+        report=False,
+    )
+    run.close()
+    return run.parts.adapter.values.detach().clone()
