@@ -34,14 +34,16 @@ for _name, _value in {
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from faultproxy import FaultProxy
 from s3server import BUCKET, OWNER, S3Server, running_s3_server
-from small import ROOT, small_job, train_small
 
 from raylora.base.storage import Storage, open_storage
-from raylora.job import Job
+
+if TYPE_CHECKING:
+    from raylora.job import Job
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +101,8 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
     Its rate is high, so that pictures differ from step to step. Read it; write elsewhere.
     """
+    from small import ROOT, small_job, train_small
+
     job = small_job(
         str(tmp_path_factory.mktemp("small-run")),
         name="small",

@@ -59,12 +59,12 @@ def serving(store: str, options: ServeOptions) -> Iterator[Served]:
     Raises:
         UserError: a taken port, a token that is none, or Serve in use by others.
     """
-    if serve.status().proxies:
+    port = _free_port(options.host, options.port)
+    if _serve_runs():
         raise UserError(
             "Ray Serve already runs on this cluster, with a port and applications of its own. Use "
             "another cluster, or end it with `serve shutdown`."
         )
-    port = _free_port(options.host, options.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with contextlib.ExitStack() as stack:
         token, token_file = _take_token(stack)
@@ -79,6 +79,12 @@ def serving(store: str, options: ServeOptions) -> Iterator[Served]:
         application = _application(store, options, token_digest(token))
         serve.run(application, name=APPLICATION, route_prefix="/")
         yield Served(f"http://{options.host}:{port}", token_file)
+
+
+def _serve_runs() -> bool:
+    """Whether the cluster has a Serve controller, whoever started it."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return any(actor["namespace"] == "serve" for actor in named)
 
 
 def _application(store: str, options: ServeOptions, digest: str) -> Any:
