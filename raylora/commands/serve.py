@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -21,7 +22,7 @@ from raylora.fleet import FleetOptions
 from raylora.gallery import example, with_base
 from raylora.on_ray.resources import connect
 from raylora.serving.library import Library
-from raylora.serving.options import ServeOptions
+from raylora.serving.options import TOKEN_VARIABLE, ServeOptions
 
 _LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -41,11 +42,13 @@ def command(store: str, host: str, port: int, overrides: tuple[str, ...], as_jso
     storage = open_storage(store)
     options = with_base(Library(storage), serve_options(host, port, overrides))
     request = None if as_json else example(Library(storage), options)
+    # Taken away, or every process of a cluster that is started here would inherit it.
+    token = os.environ.pop(TOKEN_VARIABLE, None)
     try:
         _handle_sigterm()
         connect(_fleet(options))
         _handle_sigterm()  # again: Ray has taken it, and would leave Serve behind where it joined
-        _serve(storage.url, options, request)
+        _serve(storage.url, options, token, request)
     except KeyboardInterrupt:
         click.echo("Stopped.", err=True)
 
@@ -65,11 +68,13 @@ def serve_options(host: str, port: int, overrides: tuple[str, ...]) -> ServeOpti
         raise OptionError(" ".join(explain(error, ServeOptions))) from None
 
 
-def _serve(store: str, options: ServeOptions, request: dict[str, Any] | None) -> None:
+def _serve(
+    store: str, options: ServeOptions, token: str | None, request: dict[str, Any] | None
+) -> None:
     """Serve until a signal; say where on standard output, as JSON when there is no request."""
-    from raylora.on_ray.serve import TOKEN_VARIABLE, serving
+    from raylora.on_ray.serve import serving
 
-    with serving(store, options) as served:
+    with serving(store, options, token=token) as served:
         if options.host not in _LOOPBACK:
             click.echo("Plain HTTP: let only networks you trust reach this address.", err=True)
         if request is None:
@@ -77,8 +82,8 @@ def _serve(store: str, options: ServeOptions, request: dict[str, Any] | None) ->
             line = json.dumps({"url": served.url, "token_file": served.token_file})
             click.echo(line, file=sys.__stdout__)
         else:
-            token = f"$(cat {served.token_file})" if served.token_file else f"${TOKEN_VARIABLE}"
-            curl = f'curl -H "Authorization: Bearer {token}"'
+            shown = f"$(cat {served.token_file})" if served.token_file else f"${TOKEN_VARIABLE}"
+            curl = f'curl -H "Authorization: Bearer {shown}"'
             body = shlex.quote(json.dumps(request))
             click.echo(f"url    {served.url}")
             click.echo(f"token  {served.token_file or f'that of {TOKEN_VARIABLE}'}")

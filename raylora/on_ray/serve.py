@@ -27,11 +27,10 @@ from raylora.fleet import FleetOptions
 from raylora.on_ray.ingress import Ingress, token_digest
 from raylora.on_ray.replica import Replica
 from raylora.on_ray.resources import worker_environment
-from raylora.serving.options import ServeOptions
+from raylora.serving.options import TOKEN_VARIABLE, ServeOptions
 
 log = get_logger("serve")
 
-TOKEN_VARIABLE = "RAYLORA_SERVE_TOKEN"
 APPLICATION = "raylora"
 _MIN_TOKEN_LETTERS = 16
 
@@ -41,7 +40,7 @@ class Served:
     """A running endpoint.
 
     Attributes:
-        token_file: holds the token, readable by this user alone; None when the environment gave it.
+        token_file: holds the token that was made, for this user alone; None when one was given.
     """
 
     url: str
@@ -49,12 +48,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(store: str, options: ServeOptions) -> Iterator[Served]:
+def serving(store: str, options: ServeOptions, *, token: str | None = None) -> Iterator[Served]:
     """Serve a store on the connected cluster until the block ends.
 
     Args:
         store: its URL.
         options: as `gallery.with_base` completed them.
+        token: the person's own; None makes one.
 
     Raises:
         UserError: a taken port, a token that is none, or Serve in use by others.
@@ -67,7 +67,7 @@ def serving(store: str, options: ServeOptions) -> Iterator[Served]:
         )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with contextlib.ExitStack() as stack:
-        token, token_file = _take_token(stack)
+        secret, token_file = _made_token(stack) if token is None else (_checked(token), None)
         stack.callback(serve.shutdown)
         log.info("starting Ray Serve")
         serve.start(
@@ -76,7 +76,7 @@ def serving(store: str, options: ServeOptions) -> Iterator[Served]:
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         log.info("loading %s", "the base" if options.base else "replicas")
-        application = _application(store, options, token_digest(token))
+        application = _application(store, options, token_digest(secret))
         serve.run(application, name=APPLICATION, route_prefix="/")
         yield Served(f"http://{options.host}:{port}", token_file)
 
@@ -115,16 +115,18 @@ def _application(store: str, options: ServeOptions, digest: str) -> Any:
     return ingress.bind(replicas, store, options, digest)
 
 
-def _take_token(stack: contextlib.ExitStack) -> tuple[bytes, str | None]:
-    """The environment's token, or a new one in a file of this user's that goes with the server."""
-    given = os.environ.get(TOKEN_VARIABLE)
-    if given is not None:
-        if len(given) < _MIN_TOKEN_LETTERS or not (given.isascii() and given.isprintable()):
-            raise OptionError(
-                f"{TOKEN_VARIABLE} must be {_MIN_TOKEN_LETTERS} or more printable ASCII letters. "
-                "Unset it to have a token made."
-            )
-        return given.encode(), None
+def _checked(token: str) -> bytes:
+    """A token that a header can carry and nobody guesses."""
+    if len(token) < _MIN_TOKEN_LETTERS or not (token.isascii() and token.isprintable()):
+        raise OptionError(
+            f"{TOKEN_VARIABLE} must be {_MIN_TOKEN_LETTERS} or more printable ASCII letters. "
+            "Unset it to have a token made."
+        )
+    return token.encode()
+
+
+def _made_token(stack: contextlib.ExitStack) -> tuple[bytes, str]:
+    """A new token, and its file, which goes when the server does."""
     token = secrets.token_urlsafe(32).encode()
     folder = cache_home()
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,9 @@ from raylora.base.errors import OptionError
 from raylora.base.options import Options, explain
 from raylora.preview.options import PreviewOptions
 
+TOKEN_VARIABLE = "RAYLORA_SERVE_TOKEN"
+"""Environment variable of whoever starts the server, for a token of their own."""
+
 _BODY = 'The body must be one JSON object, e.g. {"prompt": "a cat", "adapter": "my-run"}.'
 
 

@@ -252,7 +252,7 @@ def test_too_many_requests_are_told_when_to_come_again(endpoint):
 
     def ask(number: int) -> Answer:
         ready.wait()
-        return endpoint.ask("/render", {"prompt": HEART, "seed": number, "steps": 40})
+        return endpoint.ask("/render", {"prompt": HEART, "seed": number, "steps": 30})
 
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(ask, range(20)))
