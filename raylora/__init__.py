@@ -8,7 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from raylora.base.version import VERSION
+
+__version__ = VERSION
 __all__ = ["__version__", "load_job", "read_adapter", "train", "write_adapter"]
 
 if TYPE_CHECKING:

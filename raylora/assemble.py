@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -274,7 +275,9 @@ def _make_reporter(
         device=device,
         sinks=sinks,
     )
-    reporter.event("started", attempt=attempt, steps=total, host_processors=os.cpu_count())
+    reporter.event(
+        "started", attempt=attempt, steps=total, host=socket.gethostname(), process=os.getpid()
+    )
     return reporter
 
 

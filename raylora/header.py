@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any
 
-from raylora import __version__
 from raylora.adapt.metadata import AdapterFacts
 from raylora.base.seeds import sample_number
+from raylora.base.version import VERSION
 from raylora.data.dataset import Dataset
 from raylora.data.steps import StepPlan
 from raylora.families import Family
@@ -31,7 +31,7 @@ def adapter_facts(
     network, training, data = job.network, job.training, job.data
     about = family.metadata
     return AdapterFacts(
-        raylora_version=__version__,
+        raylora_version=VERSION,
         job_json=json.dumps(job.plain(), sort_keys=True),
         output_name=job.name,
         architecture=f"{about['modelspec.architecture']}/lora",

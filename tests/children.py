@@ -59,7 +59,7 @@ def _run(
     os.environ.update(environment)
     try:
         send.send(("value", function(*arguments)))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (told to the parent, whatever it is)
         send.send(("error", traceback.format_exc()))
         sys.exit(1)
 

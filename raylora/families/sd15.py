@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raylora.base.errors import WeightsError
+from raylora.diffusion.attention import attention
 from raylora.base.site import Site
 from raylora.diffusion.process import Prediction, Process
 from raylora.diffusion.schedules import alphas_cumprod
@@ -71,6 +72,7 @@ class Sd15(Family):
         weights = load_file(_weights_file(self.folder / "unet", "diffusion_pytorch_model"))
         held = {name: tensor.to(dtype=dtype, device=device) for name, tensor in weights.items()}
         unet.load_state_dict(held, assign=True)
+        unet.set_attn_processor(_attend)
         return unet.requires_grad_(False).eval()
 
     def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,6 +155,19 @@ class Sd15(Family):
             "text_encoder": text.to(device).requires_grad_(False).eval(),
             "tokenizer": AutoTokenizer.from_pretrained(self.folder / "tokenizer"),
         }
+
+
+def _attend(
+    layer: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: None = None,
+) -> Tensor:
+    """diffusers' attention processor, without the options that SD 1.x does not use."""
+    others = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+    query, key, value = layer.to_q(hidden_states), layer.to_k(others), layer.to_v(others)
+    projected: Tensor = layer.to_out[0](attention(query, key, value, heads=layer.heads))
+    return projected
 
 
 class _Sd15Encoder:

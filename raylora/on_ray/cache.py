@@ -73,7 +73,7 @@ def prepare_on_ray(checked: Checked) -> Datasets:
 def _run(job: Job, work: list[_Work]) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     gpus = 0 if job.fleet.cpus_only else 1
     actors = min(job.fleet.count, len(work))
     done = (

@@ -48,6 +48,8 @@ def connect(fleet: FleetOptions) -> None:
         if address:
             ray.init(address=address, **settings)
         else:
+            # Its log would tell a newcomer of an "error" in Ray Data's every start; ours are Python's.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             cpus = max(os.cpu_count() or 1, -(-fleet.count * fleet.cpus_per_worker // 1))
             ray.init(address="local", num_cpus=int(cpus), include_dashboard=False, **settings)
     except (ConnectionError, RuntimeError) as error:

@@ -38,7 +38,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
             name = f"held-out at t = {word.split('/')[1]}"
             band = [row[word] for row in held_out]
             top.plot(at, band, color="#c4521a", alpha=0.35, linewidth=0.9, linestyle=":")
-            top.annotate(name, (at[-1], band[-1]), fontsize=7, color="#8a8a86", ha="right")
+            above = {"xytext": (0, 3), "textcoords": "offset points"}
+            top.annotate(name, (at[-1], band[-1]), **above, fontsize=7, color="#8a8a86", ha="right")
     top.set_ylabel("loss")
     top.set_title(title, loc="left")
     top.legend(frameon=False, fontsize=9)
