@@ -103,6 +103,11 @@ class FaultProxy:
         with self._lock:
             self._faults.append(_Fault(n, pattern, method, kind, seconds, code))
 
+    def unspent(self) -> list[str]:
+        """Patterns of faults that no request has met yet."""
+        with self._lock:
+            return [fault.pattern for fault in self._faults if fault.left > 0]
+
     def on_put(
         self,
         pattern: str,
