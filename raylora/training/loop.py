@@ -158,9 +158,9 @@ def _keep_fleet(run: Run, done: int, result: StepResult) -> None:
     parts, course = run.parts, run.course
     if parts.group.size == 1:
         return
+    parts.shares.note(result.my_images, result.my_seconds)
     if _due(done, course.refit_every) and not parts.shares.pinned:
-        speed = result.my_images / result.my_seconds if result.my_seconds > 0 else 0.0
-        speeds = [row[0] for row in parts.group.gather([speed])]
+        speeds = [row[0] for row in parts.group.gather([parts.shares.take_speed()])]
         if parts.shares.refit(speeds) and run.reporter:
             run.reporter.event(
                 "shares", step=done, weights=[round(w, 3) for w in parts.shares.weights]

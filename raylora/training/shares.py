@@ -34,12 +34,24 @@ class Shares:
     def __init__(self, size: int, pinned: Sequence[float] | None = None) -> None:
         self.pinned = pinned is not None
         self.weights = list(pinned) if pinned is not None else [1.0 / size] * size
+        self._images, self._seconds = 0, 0.0
 
     def mine(self, rank: int, count: int) -> slice:
         """The part of a step's list that this worker computes."""
         counts = split(count, self.weights)
         start = sum(counts[:rank])
         return slice(start, start + counts[rank])
+
+    def note(self, images: int, seconds: float) -> None:
+        """Remember what this worker computed, and in how long, since its speed was last taken."""
+        self._images += images
+        self._seconds += seconds
+
+    def take_speed(self) -> float:
+        """This worker's images a second over what was noted, and begin anew; 0 when it had none."""
+        speed = self._images / self._seconds if self._seconds > 0 else 0.0
+        self._images, self._seconds = 0, 0.0
+        return speed
 
     def refit(self, images_per_second: Sequence[float]) -> bool:
         """Follow measured speeds (0 where none was measured); True when the shares moved."""
