@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "train"
 RECORDED: dict[str, Any] = json.loads((GOLDEN / "train.json").read_text())
 RUN: dict[str, Any] = RECORDED["runs"]["lin"]
 STEPS = len(RUN["losses"])
+BATCHES = load_file(GOLDEN / "batches.safetensors")
 UNET = {
     "_class_name": "UNet2DConditionModel",
     **RECORDED["unet"],
@@ -45,18 +44,14 @@ VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [1] * 4, "latent_ch
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-@dataclass
 class FixedBatches:
     """In the loader's place: every step's two images as recorded."""
-
-    batches: dict[str, Tensor]
 
     def take(self, step: int) -> tuple[list[SampleRef], list[dict[str, Any]], int]:
         samples = [SampleRef(row=i, repeat=0, number=i, bucket=(64, 64)) for i in range(2)]
         words = {"latents": "latents", "text": "context"}
         tensors = [
-            {word: self.batches[held][step][i].numpy() for word, held in words.items()}
-            for i in range(2)
+            {word: BATCHES[held][step][i].numpy() for word, held in words.items()} for i in range(2)
         ]
         return samples, tensors, 2
 
@@ -75,57 +70,65 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Sd15:
 
 
 @pytest.fixture
-def parts(family: Sd15, monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
-    """The trainer's parts with the reference's start weights, batches, noise and timesteps."""
-    batches = load_file(GOLDEN / "batches.safetensors")
+def recorded_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer draws what the reference drew."""
 
-    def recorded(word: str) -> Any:
-        return lambda *_, step, samples, **__: batches[word][step][list(samples)]
+    def drawn(word: str) -> Any:
+        return lambda *_, step, samples, **__: BATCHES[word][step][list(samples)]
 
-    monkeypatch.setattr(step_module, "draw_noise", recorded("noise"))
-    monkeypatch.setattr(step_module, "draw_timesteps", recorded("timesteps"))
+    monkeypatch.setattr(step_module, "draw_noise", drawn("noise"))
+    monkeypatch.setattr(step_module, "draw_timesteps", drawn("timesteps"))
+
+
+def parts_of(family: Sd15, dtype: torch.dtype, micro_batch: int = 2) -> Parts:
+    """The trainer's parts with the reference's start weights and batches."""
     device = torch.device("cpu")
-    denoiser = family.load_denoiser(dtype=torch.float32, device=device)
+    denoiser = family.load_denoiser(dtype=dtype, device=device)
     sites = family.sites(denoiser, "attention_mlp")
-    start = load_file(GOLDEN / "lora_init_lin.safetensors")
+    start = matrices("lora_init_lin.safetensors")
     assert {kohya_name(site.name) for site in sites} == {key.split(".")[0] for key in start}
     initial = {
         site.name: {
-            word: start[f"{kohya_name(site.name)}.lora_{word}.weight"].flatten(1).double().numpy()
+            word: start[f"{kohya_name(site.name)}.lora_{word}.weight"].double().numpy()
             for word in ("down", "up")
         }
         for site in sites
     }
-    scale = LoraOptions(rank=RUN["dim"], alpha=RUN["alpha"]).scale
-    scales = {site.name: scale for site in sites}
-    adapter = Adapter(network, sites, initial, scales, dtype=torch.float32, device=device)
-    rate = OptimizerOptions(
+    scales = {site.name: LoraOptions(rank=RUN["dim"], alpha=RUN["alpha"]).scale for site in sites}
+    adapter = Adapter(network, sites, initial, scales, dtype=dtype, device=device)
+    options = OptimizerOptions(
         learning_rate=RUN["lr"], weight_decay=RUN["weight_decay"], max_grad_norm=0
     )
-    yield Parts(
+    return Parts(
         denoiser=denoiser,
         attachment=Attachment(denoiser, family.component, adapter),
         adapter=adapter,
         predict=family.predict,
         process=family.process,
         loss=make_loss(LossOptions(), family.process),
-        optimizer=make_optimizer(rate, adapter.values),
+        optimizer=make_optimizer(options, adapter.values),
         factor=make_schedule(ScheduleOptions(), STEPS),
-        learning_rate=rate.learning_rate,
-        max_grad_norm=rate.max_grad_norm,
-        loader=FixedBatches(batches),  # type: ignore[arg-type]
+        learning_rate=options.learning_rate,
+        max_grad_norm=options.max_grad_norm,
+        loader=FixedBatches(),  # type: ignore[arg-type]
         group=Alone(),
         shares=Shares(1),
-        micro_batch=2,
+        micro_batch=micro_batch,
         seed=0,
         timesteps=(0, 1000),
-        dtype=torch.float32,
+        dtype=dtype,
         device=device,
     )
 
 
-def by_key(adapter: Adapter, gradients: bool) -> dict[str, Tensor]:
-    """Weights or gradients as sd-scripts' files name them, matrices two-dimensional."""
+def matrices(name: str) -> dict[str, Tensor]:
+    """Tensors of a recorded file, convolutions flattened, without the alphas."""
+    held = load_file(GOLDEN / name)
+    return {key: tensor.flatten(1) for key, tensor in held.items() if not key.endswith("alpha")}
+
+
+def by_key(adapter: Adapter, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Weights or gradients under the names of sd-scripts' files."""
     return {
         f"{kohya_name(site)}.lora_{word}.weight": (leaf.grad if gradients else leaf).detach()
         for site, held in adapter.parameters.items()
@@ -133,36 +136,103 @@ def by_key(adapter: Adapter, gradients: bool) -> dict[str, Tensor]:
     }
 
 
-def golden(name: str) -> dict[str, Tensor]:
-    held = load_file(GOLDEN / name)
-    return {key: tensor.flatten(1) for key, tensor in held.items() if not key.endswith("alpha")}
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    squares = [(first[key] - second[key]).double().square().sum() for key in second]
+    return float(torch.stack(squares).sum().sqrt())
 
 
 @pytest.mark.slow
-def test_the_first_prediction_is_sd_scripts(parts: Parts):
-    batch = {word: tensor[0] for word, tensor in parts.loader.batches.items()}  # type: ignore[attr-defined]
-    noisy = parts.process.noisy(batch["latents"], batch["noise"], batch["timesteps"])
-    conditions = {"text": batch["context"]}
+@pytest.mark.usefixtures("recorded_draws")
+def test_the_first_prediction_is_that_of_sd_scripts(family: Sd15):
+    parts = parts_of(family, torch.float32)
+    latents, noise, timesteps = (BATCHES[word][0] for word in ("latents", "noise", "timesteps"))
+    noisy = parts.process.noisy(latents, noise, timesteps)
     with torch.no_grad():
-        prediction = parts.predict(parts.denoiser, noisy, batch["timesteps"], conditions)
-    # fp32 through some 200 layers, in another order of sums
+        conditions = {"text": BATCHES["context"][0]}
+        prediction = parts.predict(parts.denoiser, noisy, timesteps, conditions)
+    # fp32 through some 200 layers, summed in another order
     assert_close(prediction, load_file(GOLDEN / "pred0_lin.safetensors")["pred"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("recorded_draws")
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_six_steps_end_where_sd_scripts_ends(parts: Parts, micro_batch: int):
-    parts = replace(parts, micro_batch=micro_batch)
+def test_six_steps_lose_and_move_as_in_sd_scripts(family: Sd15, micro_batch: int):
+    parts = parts_of(family, torch.float32, micro_batch)
     for number in range(STEPS):
         result = train_step(parts, number)
         assert float(result.loss) == pytest.approx(RUN["losses"][number], rel=1e-5)
-        assert float(result.gradient_norm) == pytest.approx(RUN["grad_norm"][number], rel=1e-3)
         if number == 0:
+            recorded = matrices("grad0_lin.safetensors")
             gradients = by_key(parts.adapter, gradients=True)
-            assert_close(gradients, golden("grad0_lin.safetensors"), rtol=1e-3, atol=1e-6)
-    assert_close(
-        by_key(parts.adapter, gradients=False),
-        golden("lora_final_lin.safetensors"),
-        rtol=0,
-        atol=1e-5,
-    )
+            assert float(result.gradient_norm) == pytest.approx(RUN["grad_norm"][0], rel=5e-5)
+            # against gradients of up to 1e-2
+            assert_close(gradients, {**gradients, **recorded}, rtol=0, atol=5e-6)
+    start, end = (matrices(f"lora_{word}_lin.safetensors") for word in ("init", "final"))
+    # Adam divides by gradients as small as fp32's own error, so fp32 runs part: the recorded one is
+    # 0.2 % of its way from the same run in float64 (3e-4 in single weights), as are others. What
+    # is exact is held to a 1e-9th of the way by the next test.
+    assert distance(by_key(parts.adapter), end) < 0.02 * distance(start, end)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("recorded_draws")
+def test_in_float64_six_steps_are_those_written_from_the_papers(family: Sd15):
+    parts = parts_of(family, torch.float64)
+    for number in range(STEPS):
+        train_step(parts, number)
+    written = train_from_the_papers(family)
+    start, end = (matrices(f"lora_{word}_lin.safetensors") for word in ("init", "final"))
+    assert distance(by_key(parts.adapter), written) < 1e-9 * distance(start, written)
+    assert distance(end, written) < 0.005 * distance(start, written)
+
+
+def train_from_the_papers(family: Sd15) -> dict[str, Tensor]:
+    """The same six steps with plain layers and Adam's formulas, in float64."""
+    denoiser = family.load_denoiser(dtype=torch.float64, device=torch.device("cpu"))
+    weights = {
+        key: tensor.double().requires_grad_()
+        for key, tensor in matrices("lora_init_lin.safetensors").items()
+    }
+    for site in family.sites(denoiser, "attention_mlp"):
+        layer = denoiser.get_submodule(site.name.removeprefix("unet."))
+        down, up = (weights[f"{kohya_name(site.name)}.lora_{w}.weight"] for w in ("down", "up"))
+        layer.forward = low_rank(layer.forward, down, up, RUN["alpha"] / RUN["dim"])
+    # Ho et al. 2020 with the betas of Rombach et al. 2022: linear in the square root.
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    signal = (1 - betas).cumprod(0)
+    moments = {key: (torch.zeros_like(w), torch.zeros_like(w)) for key, w in weights.items()}
+    for number in range(STEPS):
+        latents, noise, text = (
+            BATCHES[w][number].double() for w in ("latents", "noise", "context")
+        )
+        timesteps = BATCHES["timesteps"][number]
+        left = signal[timesteps].view(-1, 1, 1, 1)
+        noisy = left.sqrt() * latents + (1 - left).sqrt() * noise
+        prediction = denoiser(noisy, timesteps, text).sample
+        (prediction - noise).square().mean().backward()
+        for key, weight in weights.items():
+            adamw(weight.data, weight.grad, moments[key], number + 1)
+            weight.grad = None
+    return {key: weight.detach() for key, weight in weights.items()}
+
+
+def low_rank(base: Any, down: Tensor, up: Tensor, scale: float) -> Any:
+    """Hu et al. 2021: W x + scale * B A x."""
+
+    def forward(x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            return base(x) + scale * torch.einsum("or,ri,bihw->bohw", up, down, x)
+        return base(x) + scale * torch.einsum("or,ri,...i->...o", up, down, x)
+
+    return forward
+
+
+def adamw(weight: Tensor, gradient: Any, moments: tuple[Tensor, Tensor], t: int) -> None:
+    """Loshchilov & Hutter 2019, algorithm 2, in place."""
+    mean, variance = moments
+    mean.mul_(0.9).add_(0.1 * gradient)
+    variance.mul_(0.999).add_(0.001 * gradient**2)
+    corrected, spread = mean / (1 - 0.9**t), variance / (1 - 0.999**t)
+    decay = RUN["weight_decay"] * weight
+    weight -= RUN["lr"] * (corrected / (spread.sqrt() + 1e-8) + decay)
