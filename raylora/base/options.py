@@ -18,7 +18,11 @@ class Options(BaseModel):
     """Base of every section of a job: frozen, unknown words refused, field texts kept."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
 

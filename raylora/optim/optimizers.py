@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from raylora.base.options import Options
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerOptions(Options):
@@ -18,7 +21,7 @@ class OptimizerOptions(Options):
     """adamw: Adam with decoupled weight decay."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak rate, at strength alpha / rank = 1; 1e-4 is usual for SD 1.5."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Memory of the mean and of the variance of the gradient."""
     eps: float = Field(1e-8, gt=0)
     """Keeps the division finite where gradients vanish."""
