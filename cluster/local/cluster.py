@@ -30,7 +30,7 @@ from typing import Any
 # Short: the paths of Ray's sockets may have 107 characters.
 DEFAULT_FOLDER = Path(f"/tmp/raylora-cluster-{os.getuid()}")
 START_SECONDS = 120
-STOP_SECONDS = 30
+STOP_SECONDS = 10
 LOOPBACK = "127.0.0.1"
 # As on a Mac, where Ray stays on the loopback; otherwise its servers listen to the whole network,
 # whatever --node-ip-address says. Whoever joins the cluster needs it too.
@@ -202,9 +202,12 @@ def _wait(done: Callable[[], bool], seconds: float) -> bool:
 
 
 def _born(pid: int) -> str:
-    """When the process began; '' when there is none. A number used again has another time."""
-    found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
-    return found.stdout.strip()
+    """When the process began; '' when it ended. A number used again has another time."""
+    command = ["ps", "-o", "stat=,lstart=", "-p", str(pid)]
+    state, _, born = (
+        subprocess.run(command, capture_output=True, text=True).stdout.strip().partition(" ")
+    )
+    return "" if state.startswith("Z") else born.strip()
 
 
 def _session(pid: int) -> list[int]:
