@@ -127,9 +127,11 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
         JobError: everything that is wrong with it, one sentence each.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise JobError(f"{path}: cannot be read ({error.strerror}). Give a job file.") from None
+    except UnicodeDecodeError:
+        raise JobError(f"{path} is not a text file in UTF-8. Give a job file.") from None
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -159,7 +161,7 @@ def with_overrides(job: Job, overrides: Mapping[str, Any]) -> Job:
 
 def _override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not path:
+    if not equals or not all(path.split(".")):
         raise JobError(f"--set {override}: write it as section.option=value.")
     try:
         _set(tree, path, yaml.safe_load(text))

@@ -5,8 +5,11 @@ The text under a field is its documentation (it reaches the JSON schema and the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -28,11 +31,58 @@ class Options(BaseModel):
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """Turn a pydantic error into one sentence per mistake, each with its dotted path."""
-    return [_sentence(detail, root) for detail in error.errors(include_url=False)]
+    mistakes: dict[str, list[_Mistake]] = {}
+    for detail in error.errors(include_url=False):
+        path, choice = _path(detail["loc"], root)
+        mistakes.setdefault(path if choice is None else choice, []).append(_Mistake(path, detail))
+    return [sentence for place, found in mistakes.items() for sentence in _told(place, found, root)]
 
 
-def _sentence(detail: ErrorDetails, root: type[BaseModel]) -> str:
-    path = ".".join(str(part) for part in detail["loc"])
+@dataclass(frozen=True)
+class _Mistake:
+    path: str
+    detail: ErrorDetails
+
+
+def _path(loc: tuple[int | str, ...], root: type[BaseModel]) -> tuple[str, str | None]:
+    """Dotted path without pydantic's names of a union's branches; the union's own, if there is."""
+    models: list[type[BaseModel]] = [root]
+    words: list[str] = []
+    choice, branch_is_next = None, False
+    for part in loc:
+        if branch_is_next:
+            choice, branch_is_next = ".".join(words), False
+            continue
+        words.append(str(part))
+        if isinstance(part, str):
+            fields = [m.model_fields[part] for m in models if part in m.model_fields]
+            annotation = fields[0].annotation if fields else None
+            models = list(_models_in(annotation))
+            branch_is_next = _is_choice(annotation)
+    return ".".join(words), choice
+
+
+def _is_choice(annotation: Any) -> bool:
+    """Whether it is a union of more than a type and None."""
+    members = [one for one in get_args(annotation) if one is not type(None)]
+    return get_origin(annotation) in (Union, UnionType) and len(members) > 1
+
+
+def _told(place: str, mistakes: list[_Mistake], root: type[BaseModel]) -> list[str]:
+    """One sentence each, but one alone where a value fits no branch of a union."""
+    wrong_kind = ("_type", "_parsing", "literal_error")
+    within = [m for m in mistakes if m.path != place or not m.detail["type"].endswith(wrong_kind)]
+    told = within or mistakes
+    if within or len(told) == 1:
+        return [_sentence(mistake.path, mistake.detail, root) for mistake in told]
+    wanted = " or ".join(
+        _plain(mistake.detail["msg"]).removeprefix("Input should be ").partition(",")[0]
+        for mistake in told
+    )
+    return [f"{place} is {_shown(told[0].detail['input'])}: input should be {wanted}."]
+
+
+def _sentence(path: str, detail: ErrorDetails, root: type[BaseModel]) -> str:
     found = _shown(detail["input"])
     if detail["type"] == "extra_forbidden":
         section, _, word = path.rpartition(".")
@@ -40,10 +90,17 @@ def _sentence(detail: ErrorDetails, root: type[BaseModel]) -> str:
         return f"{path}: no such option.{did_you_mean(word, allowed)}"
     if detail["type"] == "missing":
         return f"{path}: missing. Give it a value."
-    message = detail["msg"].removeprefix("Value error, ")
+    message = _plain(detail["msg"])
     if detail["type"] in {"value_error", "assertion_error"}:
-        return f"{path}: {message}" if path else message
+        return f"{path}: {message}" if path and not message.startswith(f"{path}.") else message
     return f"{path} is {found}: {message[:1].lower()}{message[1:]}."
+
+
+def _plain(message: str) -> str:
+    """pydantic's words for Python's types, as a person who writes YAML knows them."""
+    message = message.removeprefix("Value error, ").replace("a valid tuple", "a list")
+    message = re.sub("^Tuple", "List", message)
+    return re.sub(r"a valid dictionary or instance of \w+", "a section of options", message)
 
 
 def _shown(value: object) -> str:
@@ -55,6 +112,8 @@ def words_at(root: type[BaseModel], path: str) -> list[str]:
     """Field names allowed in the section at the dotted path ('' is the root)."""
     model: type[BaseModel] | None = root
     for part in path.split(".") if path else []:
+        if part.isdecimal():
+            continue
         field = model.model_fields.get(part) if model else None
         model = next(_models_in(field.annotation), None) if field else None
     return list(model.model_fields) if model else []

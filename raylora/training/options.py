@@ -52,7 +52,7 @@ class ValidationOptions(Options):
     """Images that are never trained on; same form as data.folder. Null: no validation."""
     every_steps: int = Field(100, ge=1)
     """Global steps between measurements; there is always one at step 0 and at the end."""
-    timesteps: tuple[int, ...] = (150, 400, 650, 900)
+    timesteps: tuple[int, ...] = Field((150, 400, 650, 900), min_length=1)
     """Every held-out image is measured at each of these."""
 
     def data(self, data: DataOptions) -> DataOptions | None:

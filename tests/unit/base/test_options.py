@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pytest
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raylora.base.options import Options, explain, words_at
 
@@ -38,6 +38,8 @@ class Tree(Options):
     optimizer: Annotated[Adam | Lion, Field(discriminator="name")] = Lion()
     steps: int = 100
     folders: tuple[str, ...] = ()
+    workers: int | tuple[Network, ...] = 1
+    note: str | None = None
 
 
 def problems_of(**sections: Any) -> list[str]:
@@ -66,6 +68,53 @@ def test_a_choice_names_what_is_allowed():
 def test_what_is_missing_is_named():
     assert problems_of() == ["network: missing. Give it a value."]
     assert problems_of(network={}) == ["network.kind: missing. Give it a value."]
+
+
+def test_a_value_that_fits_no_branch_is_one_mistake():
+    (problem,) = problems_of(network={"kind": "lora"}, workers="two")
+    assert problem == "workers is 'two': input should be a valid integer or a list."
+
+
+def test_mistakes_within_a_branch_are_told_without_its_name():
+    network = {"kind": "lora"}
+    found = problems_of(network=network, workers=[{"kind": "lora", "rnak": 2}, {"rank": 0}])
+    assert found == [
+        "workers.0.rnak: no such option. Did you mean 'rank'?",
+        "workers.1.kind: missing. Give it a value.",
+        "workers.1.rank is 0: input should be greater than or equal to 1.",
+    ]
+    (problem,) = problems_of(network=network, optimizer={"name": "adam", "rat": 1, "rate": 1})
+    assert problem == "optimizer.rat: no such option. Did you mean 'rate'?"
+
+
+def test_sections_and_lists_are_called_so():
+    found = problems_of(network=3, folders="one", note=2)
+    assert found == [
+        "network is 3: input should be a section of options.",
+        "folders is 'one': input should be a list.",
+        "note is 2: input should be a valid string.",
+    ]
+
+
+def test_infinity_is_no_number():
+    (problem,) = problems_of(network={"kind": "lora"}, optimizer={"name": "adam", "rate": 1e999})
+    assert problem == "optimizer.rate is inf: input should be a finite number."
+
+
+def test_a_sentence_that_names_the_option_is_not_prefixed():
+    class Section(Options):
+        low: int = 0
+
+        @model_validator(mode="after")
+        def _positive(self) -> Self:
+            raise ValueError("section.low must be above 0.")
+
+    class Root(Options):
+        section: Section
+
+    with pytest.raises(ValidationError) as caught:
+        Root.model_validate({"section": {}})
+    assert explain(caught.value, Root) == ["section.low must be above 0."]
 
 
 def test_a_word_like_no_other_gets_all_that_are_allowed():
@@ -103,7 +152,15 @@ def test_the_text_under_a_field_reaches_the_schema():
 
 
 def test_words_of_a_section_are_found_by_its_path():
-    assert words_at(Tree, "") == ["network", "optimizer", "steps", "folders"]
+    assert words_at(Tree, "") == [
+        "network",
+        "optimizer",
+        "steps",
+        "folders",
+        "workers",
+        "note",
+    ]
+    assert words_at(Tree, "workers.0") == ["kind", "rank"]
     assert words_at(Tree, "network") == ["kind", "rank"]
     assert words_at(Tree, "steps") == []
     assert words_at(Tree, "nowhere.at.all") == []

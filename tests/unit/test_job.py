@@ -1,0 +1,257 @@
+"""The job tree: every mistake at once, overrides, fingerprints, and the files of the repository."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small import QUICKSTART, ROOT
+
+from raylora.base.errors import JobError
+from raylora.job import Job, job_from, load_job, with_overrides
+from raylora.sweep import load_sweep
+
+JOB_FILES = sorted((ROOT / "jobs").glob("*.yaml"))
+BARE = {
+    "name": "bare",
+    "family": {"kind": "sd15", "weights": "base"},
+    "data": {"folder": "images"},
+    "training": {"steps": 1},
+}
+
+
+def tree_with(changes: dict[str, Any]) -> dict[str, Any]:
+    """The quickstart's tree with dotted paths set."""
+    tree = yaml.safe_load(QUICKSTART.read_text())
+    for path, value in changes.items():
+        *sections, word = path.split(".")
+        section = tree
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[word] = value
+    return tree
+
+
+def problems_with(changes: dict[str, Any]) -> list[str]:
+    with pytest.raises(JobError) as caught:
+        job_from(tree_with(changes))
+    return caught.value.problems
+
+
+def written(folder: Path, tree: Any) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return path
+
+
+def test_every_mistake_is_told_at_once_each_in_a_sentence():
+    found = problems_with(
+        {
+            "nmae": "x",
+            "network.kind": "lorra",
+            "network.rnak": 8,
+            "optimizer.learning_rate": "fast",
+            "training.steps": 2.5,
+            "fleet.workers": 0,
+            "preview.prompts": "one",
+        }
+    )
+    assert len(found) == 7
+    assert all(problem.endswith((".", "?")) and "\n" not in problem for problem in found)
+    with pytest.raises(JobError) as caught:
+        job_from(tree_with({"nmae": 1, "network.rnak": 8}))
+    assert str(caught.value) == "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("trianing", {}, "trianing: no such option. Did you mean 'training'?"),
+        ("training.setps", 1, "training.setps: no such option. Did you mean 'steps'?"),
+        ("loss.weight.gama", 1, "loss.weight.gama: no such option. Did you mean 'gamma'?"),
+        ("network.kind", "lorra", "network.kind is 'lorra': input should be 'lora'."),
+        ("family.kind", "sd51", "family.kind is 'sd51': input should be 'sd15'."),
+        ("loss.name", "l3", "loss.name is 'l3': input should be 'l2' or 'l1'."),
+        ("network", None, "network is None: input should be a section of options."),
+        ("name", "a/b", "name: 'a/b' must be letters, digits"),
+        ("name", "../x", "name: '../x' must be letters, digits"),
+        ("name", 12, "name is 12: input should be a valid string."),
+        (
+            "training.epochs",
+            3,
+            "training: give exactly one of training.steps and training.epochs.",
+        ),
+        (
+            "training.steps",
+            None,
+            "training: give exactly one of training.steps and training.epochs.",
+        ),
+        (
+            "training.max_timestep",
+            0,
+            "training.max_timestep is 0: input should be greater than or equal to 1.",
+        ),
+        (
+            "training",
+            {"steps": 1, "min_timestep": 500, "max_timestep": 400},
+            "training.max_timestep 400 must be above min_timestep 500.",
+        ),
+        (
+            "validation.timesteps",
+            [],
+            "validation.timesteps is []: list should have at least 1 item after validation, not 0.",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_its_place(path: str, value: Any, sentence: str):
+    (problem,) = problems_with({path: value})
+    assert problem.startswith(sentence)
+
+
+def test_what_is_missing_is_told():
+    with pytest.raises(JobError) as caught:
+        job_from({"name": "x"})
+    assert [p.split(":")[0] for p in caught.value.problems] == ["family", "data", "training"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "must hold sections such as family, data and training"),
+        ("- one", "must hold sections such as family"),
+        ("a: [", "is not YAML: while parsing"),
+    ],
+)
+def test_a_file_that_is_no_job_is_told(tmp_path: Path, text: str, sentence: str):
+    with pytest.raises(JobError, match=sentence):
+        load_job(written(tmp_path, text))
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path):
+    with pytest.raises(JobError, match=r"cannot be read \(No such file or directory\)"):
+        load_job(tmp_path / "absent.yaml")
+    (tmp_path / "picture.yaml").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(JobError, match="not a text file in UTF-8"):
+        load_job(tmp_path / "picture.yaml")
+
+
+def test_overrides_replace_what_the_file_says(tmp_path: Path):
+    job = load_job(
+        written(tmp_path, BARE),
+        [
+            "network.rank=8",
+            "optimizer.learning_rate=1e-3",
+            "training.steps=null",
+            "training.epochs=2.5",
+            "loss.weight.name=min_snr",
+            "preview.prompts=[a cat, 'a dog, black']",
+            "fleet.workers=[{gpu: A100, count: 2}]",
+            "name=other",
+            "data.folder=s3://bucket/a=b",
+        ],
+    )
+    assert job.network.rank == 8
+    assert job.optimizer.learning_rate == 1e-3
+    assert (job.training.steps, job.training.epochs) == (None, 2.5)
+    assert job.loss.weight.name == "min_snr"
+    assert job.preview.prompts == ("a cat", "a dog, black")
+    assert job.fleet.count == 2
+    assert job.name == "other"
+    assert job.data.folder == "s3://bucket/a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("network.rank", "--set network.rank: write it as section.option=value."),
+        ("=3", "--set =3: write it as section.option=value."),
+        (".rank=3", "write it as section.option=value."),
+        ("network..rank=3", "write it as section.option=value."),
+        ("training.steps=[", "--set training.steps=[: the value is not YAML."),
+        ("name.x=3", "name.x: name is a value, not a section."),
+        ("training.setps=3", "training.setps: no such option. Did you mean 'steps'?"),
+        ("nowhere.steps=3", "nowhere: no such option. Allowed: data, export, family,"),
+    ],
+)
+def test_a_wrong_override_is_told(tmp_path: Path, override: str, sentence: str):
+    with pytest.raises(JobError) as caught:
+        load_job(written(tmp_path, BARE), [override])
+    (problem,) = caught.value.problems
+    assert sentence in problem
+
+
+def test_overrides_of_a_job_are_those_of_its_file(tmp_path: Path):
+    job = job_from(BARE)
+    changed = with_overrides(job, {"network.rank": 4, "training.seed": 3})
+    assert changed == load_job(written(tmp_path, BARE), ["network.rank=4", "training.seed=3"])
+    assert job == job_from(BARE), "the job itself was changed"
+    with pytest.raises(JobError, match=r"network\.rank is 0"):
+        with_overrides(job, {"network.rank": 0})
+
+
+def test_a_job_survives_json_and_yaml():
+    job = job_from(tree_with({}))
+    assert job_from(json.loads(json.dumps(job.plain()))) == job
+    assert job_from(yaml.safe_load(yaml.safe_dump(job.plain()))) == job
+
+
+def test_the_fingerprint_names_the_content():
+    job = job_from(BARE)
+    assert len(job.fingerprint()) == 16
+    shuffled = dict(reversed(BARE.items()))
+    spelled_out = {**BARE, "training": {"steps": 1, "seed": 0}}
+    assert job_from(shuffled).fingerprint() == job.fingerprint()
+    assert job_from(spelled_out).fingerprint() == job.fingerprint()
+    assert with_overrides(job, {"training.seed": 1}).fingerprint() != job.fingerprint()
+
+
+def test_places_of_run_and_cache():
+    job = job_from({**BARE, "store": "s3://bucket/runs/"})
+    assert job.run_folder == "runs/bare"
+    assert job.cache_url == "s3://bucket/runs/caches"
+    assert with_overrides(job, {"data.cache": "s3://caches/cats"}).cache_url == "s3://caches/cats"
+
+
+@pytest.mark.parametrize("path", JOB_FILES, ids=lambda path: path.stem)
+def test_every_job_of_the_repository_loads(path: Path):
+    assert load_job(path).name
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tune_spaces").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_space_of_the_repository_loads(path: Path):
+    sweep = load_sweep(path)
+    assert sweep.job
+    job = load_job(ROOT / sweep.job)
+    for trial in sweep.trials():
+        with_overrides(job, {**sweep.every_trial, **trial})
+
+
+def test_the_schema_in_the_repository_is_the_generated_one():
+    held = json.loads((ROOT / "job.schema.json").read_text())
+    assert held == Job.model_json_schema(), "run: raylora schema > job.schema.json"
+
+
+def test_every_option_has_a_text_in_the_schema():
+    schema = Job.model_json_schema()
+    bare = [
+        f"{section}.{name}"
+        for section, held in {"Job": schema, **schema["$defs"]}.items()
+        for name, field in held.get("properties", {}).items()
+        if not (field.get("description") or "$ref" in field or name == "kind")
+    ]
+    assert not bare
+
+
+@pytest.mark.parametrize("path", JOB_FILES, ids=lambda path: path.stem)
+def test_every_job_of_the_repository_fits_the_schema(path: Path):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((ROOT / "job.schema.json").read_text())
+    tree = yaml.safe_load(path.read_text())
+    jsonschema.validate(tree, schema)
+    with pytest.raises(jsonschema.ValidationError, match="'setps' was unexpected"):
+        jsonschema.validate({**tree, "training": {"setps": 3}}, schema)
