@@ -12,7 +12,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[ray,test]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt \
+		--editable ".[ray,test]"
 	touch $@
 
 quickstart: install

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,7 @@ class Sd15(Family):
 
     def load_denoiser(self, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The UNet, built empty and filled from the memory-mapped file."""
+        from diffusers.models.attention_processor import Attention
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
         from safetensors.torch import load_file
 
@@ -72,7 +74,9 @@ class Sd15(Family):
         weights = load_file(_weights_file(self.folder / "unet", "diffusion_pytorch_model"))
         held = {name: tensor.to(dtype=dtype, device=device) for name, tensor in weights.items()}
         unet.load_state_dict(held, assign=True)
-        unet.set_attn_processor(_attend)
+        for layer in unet.modules():
+            if isinstance(layer, Attention):
+                layer.forward = partial(_attend, layer)
         return unet.requires_grad_(False).eval()
 
     def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -163,7 +167,7 @@ def _attend(
     encoder_hidden_states: Tensor | None = None,
     attention_mask: None = None,
 ) -> Tensor:
-    """diffusers' attention processor, without the options that SD 1.x does not use."""
+    """An attention layer's forward, without the options of diffusers' that SD 1.x does not use."""
     others = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     query, key, value = layer.to_q(hidden_states), layer.to_k(others), layer.to_v(others)
     projected: Tensor = layer.to_out[0](attention(query, key, value, heads=layer.heads))
