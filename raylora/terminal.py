@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,12 +83,18 @@ def show_result(result: dict[str, Any], folder: str) -> None:
         first, last = result["validation_first"], result["validation_last"]
         change = (last - first) / first * 100
         lines.add_row("held-out loss", f"{first:.4f} -> {last:.4f} ({change:+.0f} %)")
-    size = mib(result["adapter_bytes"])
+    place = _short(folder)
     for word, file in result["files"].items():
-        place = f"{folder.removeprefix('file://')}/{file}"
-        lines.add_row(word, place + (f" ({size})" if word == "adapter" else ""))
-    adapter = f"{folder.removeprefix('file://')}/{result['files']['adapter']}"
-    lines.add_row("next", f"raylora inspect {adapter}")
-    store = folder.removeprefix("file://").rsplit("/runs/", 1)[0]
-    lines.add_row("", f"raylora serve {store}")
+        size = f" ({mib(result['adapter_bytes'])})" if word == "adapter" else ""
+        lines.add_row(word, f"{place}/{file}{size}")
+    program = "raylora" if shutil.which("raylora") else _short(os.path.abspath(sys.argv[0]))
+    store = place.rpartition("runs/")[0].rstrip("/") or "."
+    lines.add_row("next", f"{program} inspect {place}/{result['files']['adapter']}")
+    lines.add_row("", f"{program} serve {store}")
     console.print(Panel(lines, title="done", title_align="left", expand=False))
+
+
+def _short(place: str) -> str:
+    """A path as one would type it here."""
+    path = place.removeprefix("file://")
+    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
