@@ -1,0 +1,103 @@
+"""A base of SD 1.5's layout with random weights, and pictures to train it on.
+
+Small enough for one CPU, and with every layer of the real one: 16 transformer blocks, 192 layers
+that an adapter sits on. What is measured is time; what it learns means nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+TOKENIZER = Path(__file__).parents[1] / "jobs" / "quickstart" / "tiny-sd" / "tokenizer"
+CONTEXT = 64
+"""Width of the text encoder and of cross-attention."""
+
+
+def make_base(folder: Path) -> Path:
+    """A whole diffusers folder; always the same weights. 8.6 M parameters in the UNet."""
+    if (folder / "model_index.json").is_file():
+        return folder
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64, 128, 128),
+        attention_head_dim=4,  # of SD 1.5's configs: the number of heads
+        cross_attention_dim=CONTEXT,
+        sample_size=32,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=256,
+    )
+    vocabulary = len(json.loads((TOKENIZER / "tokenizer.json").read_text())["model"]["vocab"])
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=CONTEXT,
+            intermediate_size=2 * CONTEXT,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    parts = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": scheduler}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    shutil.copytree(TOKENIZER, folder / "tokenizer", dirs_exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps(_index(), indent=2))
+    return folder
+
+
+def _index() -> dict[str, object]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    """JPEGs of soft coloured noise with a caption each, and metadata.jsonl for other trainers."""
+    if (folder / "metadata.jsonl").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    lines = []
+    for number in range(count):
+        small = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+        picture.save(folder / f"{number:04d}.jpg", quality=90)
+        caption = f"picture {number}, soft colours"
+        (folder / f"{number:04d}.txt").write_text(caption)
+        lines.append(json.dumps({"file_name": f"{number:04d}.jpg", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
