@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 
@@ -12,7 +13,13 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def start_logging(level: int = logging.INFO) -> None:
-    """Send raylora's lines to standard error, once per process."""
+    """Send raylora's lines to standard error, once per process, and quieten libraries.
+
+    Libraries read these words when they are imported, so this comes before them. They would
+    otherwise tell a person of image processors that nobody uses, and draw bars between our lines.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     root = logging.getLogger("raylora")
     if root.handlers:
         return
