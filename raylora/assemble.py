@@ -23,6 +23,7 @@ from raylora.base.storage import Storage, open_storage
 from raylora.base.units import mib
 from raylora.data.dataset import CachePlan, Dataset, load_dataset, prepare
 from raylora.data.rows import Row
+from raylora.data.source import DataOptions
 from raylora.data.steps import StepPlan
 from raylora.diffusion.losses import make_loss
 from raylora.families import Family, get_family
@@ -70,8 +71,7 @@ def claim(job: Job, *, extend: bool) -> tuple[Storage, dict[str, Any] | None]:
     """Take the run's name; (its folder, result.json when nothing is left to do)."""
     storage = open_store(job)
     claim_run(storage, job.plain(), name=job.name, extend=extend)
-    done = finished_steps(storage)
-    if done is None or (extend and (job.training.steps is None or done < job.training.steps)):
+    if finished_steps(storage) is None:
         return storage, None
     result: dict[str, Any] = json.loads(storage.read("result.json"))
     return storage, {**result, "already_done": True}
@@ -115,22 +115,25 @@ def pick_device(job: Job) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not job.fleet.cpus_only else "cpu")
 
 
-def plan_datasets(job: Job, family: Family, *, rehash: bool, workers: int = 1) -> list[CachePlan]:
-    """What has to be encoded for training and, where there is one, for the held-out folder."""
+def data_sections(job: Job) -> list[DataOptions]:
+    """What is trained on and, where there is one, the held-out folder."""
+    held_out = job.validation.data(job.data)
+    return [job.data] if held_out is None else [job.data, held_out]
+
+
+def plan_dataset(
+    job: Job, section: DataOptions, family: Family, *, rehash: bool, workers: int = 1
+) -> CachePlan:
+    """What has to be encoded for a data section of the job."""
     latents_facts, text_facts = family.encoder_facts()
-    sections = [job.data, job.validation.data(job.data)]
-    return [
-        prepare(
-            section,
-            job.cache_url,
-            latents_facts=latents_facts,
-            text_facts=text_facts,
-            rehash=rehash,
-            workers=workers,
-        )
-        for section in sections
-        if section is not None
-    ]
+    return prepare(
+        section,
+        job.cache_url,
+        latents_facts=latents_facts,
+        text_facts=text_facts,
+        rehash=rehash,
+        workers=workers,
+    )
 
 
 def load_datasets(plans: Sequence[CachePlan]) -> Datasets:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from raylora.assemble import open_family, pick_device, plan_datasets, size_problems, total_steps
+from raylora.assemble import (
+    data_sections,
+    open_family,
+    pick_device,
+    plan_dataset,
+    size_problems,
+    total_steps,
+)
 from raylora.base.errors import JobError, UserError
 from raylora.base.storage import open_storage
 from raylora.data.dataset import CachePlan
@@ -44,17 +52,16 @@ def check_job(job: Job, *, rehash: bool = False) -> Checked:
     """
     problems: list[str] = []
     family = _collect(problems, lambda: open_family(job))
-    _collect(problems, open_storage(job.store).check)
-    plans: list[CachePlan] | None = None
+    _collect(problems, lambda: open_storage(job.store).check())
+    plans: list[CachePlan] = []
     if family is not None:
         problems += size_problems(job, family)
-        opened = family
-        plans = _collect(
-            problems,
-            lambda: plan_datasets(job, opened, rehash=rehash, workers=job.fleet.count),
-        )
-    if problems or family is None or plans is None:
-        raise JobError(problems)
+        plan = partial(plan_dataset, job, family=family, rehash=rehash, workers=job.fleet.count)
+        for section in data_sections(job):
+            planned = _collect(problems, partial(plan, section))
+            plans += [planned] if planned else []
+    if problems or family is None:
+        raise JobError(list(dict.fromkeys(problems)))
     return Checked(job, family, plans, _warnings(job, plans))
 
 

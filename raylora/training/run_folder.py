@@ -23,8 +23,8 @@ def claim_run(storage: Storage, job: Mapping[str, Any], *, name: str, extend: bo
         extend: the person asked to go on past the end of the finished run.
 
     Raises:
-        JobError: another job has the name (the message says what differs), or the run is finished
-            and would be made longer without being asked.
+        JobError: another job has the name (the message says what differs), or the run would be
+            made longer without being asked, or shorter.
     """
     text = yaml.safe_dump(dict(job), sort_keys=False)
     if storage.create("job.yaml", text.encode()):
@@ -35,16 +35,19 @@ def claim_run(storage: Storage, job: Mapping[str, Any], *, name: str, extend: bo
         for path, old, new in _differences(held, dict(job))
         if path.split(".")[0] not in FREE_SECTIONS
     ]
-    longer = [path for path, _, _ in differing if path in ("training.steps", "training.epochs")]
-    if len(longer) == len(differing) and (extend or not differing):
-        if differing:
-            storage.write("job.yaml", text.encode())
+    if not differing:
+        return
+    longer = all(_is_longer(*difference) for difference in differing)
+    if longer and extend:
+        # First, so that a run stopped on its way to the new end does not pass for a finished one.
+        storage.delete("result.json")
+        storage.write("job.yaml", text.encode())
         return
     shown = "; ".join(f"{path} was {old!r}, is {new!r}" for path, old, new in differing[:5])
     more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
     advice = (
         "To go on past its end, add --extend."
-        if len(longer) == len(differing)
+        if longer
         else "Choose another `name`, or undo the change to resume."
     )
     raise JobError(
@@ -63,6 +66,13 @@ def finished_steps(storage: Storage) -> int | None:
     if storage.entry("result.json") is None:
         return None
     return int(json.loads(storage.read("result.json"))["steps"])
+
+
+def _is_longer(path: str, old: Any, new: Any) -> bool:
+    """Whether it is the length that differs, and more of it is asked for than before."""
+    if path not in ("training.steps", "training.epochs"):
+        return False
+    return old is None or new is None or bool(new > old)
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
