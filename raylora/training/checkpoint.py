@@ -2,7 +2,7 @@
 
     checkpoints/<step>/adapter.safetensors   the LoRA file
     checkpoints/<step>/state.safetensors     flat values and optimizer state, exact
-    checkpoints/<step>/state.json            step, dataset, shares
+    checkpoints/<step>/state.json            step, dataset, shares, whether it was validated
     checkpoints/<step>/manifest.json         sizes and hashes; put last, and only once
 
 A checkpoint without a manifest does not exist. Its objects may be written again by the next try.

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from raylora.base.errors import TrainingError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage
@@ -74,13 +76,13 @@ class Outcome:
 def run_training(run: Run) -> Outcome:
     """Train from the newest checkpoint, or from the start, to the end."""
     parts, course = run.parts, run.course
-    done = _resume(run)
+    done, looked = _resume(run)
     parts.loader.last_step = course.total_steps
     stopped = False
     held_out: float | None = None
     with _stop_signal() as stop:
-        if done == 0:
-            held_out = _look(run, 0)
+        if not looked:
+            held_out = _look(run, done)
         while done < course.total_steps and not stopped:
             result = train_step(parts, done, stop=stop.asked)
             _record(run, done, result)
@@ -90,14 +92,15 @@ def run_training(run: Run) -> Outcome:
             if not stopped:
                 held_out = _look(run, done, before=held_out)
             if stopped or done == course.total_steps or _due(done, course.save_every):
-                _save(run, done)
+                _save(run, done, looked=not stopped)
     if run.reporter:
         run.reporter.event("stopped" if stopped else "trained", step=done)
         run.reporter.flush()
     return Outcome(done, stopped, held_out)
 
 
-def _resume(run: Run) -> int:
+def _resume(run: Run) -> tuple[int, bool]:
+    """Steps done, and whether what is looked at after them has been: one asked to stop does not."""
     state = read_newest(run.storage)
     newest = [row[0] for row in run.parts.group.gather([float(state.step if state else 0)])]
     if len(set(newest)) > 1:
@@ -107,7 +110,7 @@ def _resume(run: Run) -> int:
         )
     if state is None:
         run.parts.group.copy_from_first(run.parts.adapter.values.data)
-        return 0
+        return 0, False
     if state.facts["dataset"] != run.dataset_hash:
         raise TrainingError(
             f"the images or captions changed since step {state.step} of this run, so it cannot go "
@@ -119,7 +122,7 @@ def _resume(run: Run) -> int:
         run.parts.shares.weights = list(weights)
     if run.reporter:
         run.reporter.event("resumed", step=state.step)
-    return state.step
+    return state.step, bool(state.facts["looked"])
 
 
 def _record(run: Run, step: int, result: StepResult) -> None:
@@ -175,12 +178,22 @@ def _keep_fleet(run: Run, done: int, result: StepResult) -> None:
                 run.reporter.event("drift mended", step=done)
 
 
-def _save(run: Run, done: int) -> None:
+def _save(run: Run, done: int, *, looked: bool) -> None:
+    if not bool(torch.isfinite(run.parts.adapter.values).all()):
+        raise TrainingError(
+            f"the adapter holds NaN or infinity after step {done}, so this checkpoint is not "
+            "saved. Lower optimizer.learning_rate, and start under another `name`; the newest "
+            "checkpoint is from before."
+        )
     go_on = run.reporter.pause() if run.reporter else None
     if run.saver and run.reporter:
         # Rows first: a checkpoint that exists has its metrics beside it.
         run.reporter.flush()
-        facts: dict[str, Any] = {"dataset": run.dataset_hash, "shares": run.parts.shares.weights}
+        facts: dict[str, Any] = {
+            "dataset": run.dataset_hash,
+            "shares": run.parts.shares.weights,
+            "looked": looked,
+        }
         proof = run.saver.save(run.parts, done, facts)
         proven = {"proof_error": float(f"{proof.worst_error:.2e}")} if proof else {}
         run.reporter.event("saved", step=done, **proven)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from raylora.adapt.attach import Adapter, Attachment
+from raylora.base.log import get_logger
 from raylora.diffusion.losses import SampleLoss
 from raylora.diffusion.process import Process
 from raylora.training.loader import Loader
 from raylora.training.reduce import Group
 from raylora.training.shares import Shares
+
+log = get_logger("train")
 
 Predict = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
@@ -51,3 +54,10 @@ class Parts:
     timesteps: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+
+    def halve_micro_batch(self, where: str) -> None:
+        """After running out of memory; not within `except`, whose traceback holds tensors."""
+        self.micro_batch = max(1, self.micro_batch // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("out of memory at %s: again with micro-batch %d", where, self.micro_batch)

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raylora.base.log import get_logger
 from raylora.data.steps import SampleRef
 from raylora.diffusion.noise import draw_noise, draw_timesteps
 from raylora.training.loader import Tensors, micro_batches
 from raylora.training.parts import Parts
-
-log = get_logger("step")
 
 
 @dataclass(frozen=True)
@@ -95,14 +92,7 @@ def accumulate(
         except torch.OutOfMemoryError:
             if parts.micro_batch == 1:
                 raise
-            parts.micro_batch = max(1, parts.micro_batch // 2)
-        if parts.device.type == "cuda":
-            torch.cuda.empty_cache()
-        log.warning(
-            "out of memory at step %d: micro-batch is now %d, step replayed",
-            step,
-            parts.micro_batch,
-        )
+        parts.halve_micro_batch(f"step {step}")
 
 
 def sample_losses(

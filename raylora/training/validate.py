@@ -11,7 +11,7 @@ from torch import Tensor
 from raylora.base.seeds import draw_normal, sample_number
 from raylora.data.dataset import Dataset
 from raylora.data.steps import SampleRef
-from raylora.training.loader import micro_batches
+from raylora.training.loader import Tensors, micro_batches
 from raylora.training.parts import Parts
 from raylora.training.step import losses_at
 
@@ -41,14 +41,27 @@ class Validation:
         ]
         mine.sort(key=lambda sample: sample.bucket)
         tensors = self.dataset.fetch([rows[sample.row] for sample in mine])
-        sums = [0.0] * len(self.timesteps)
-        for mates, batch in micro_batches(mine, tensors, parts.micro_batch):
-            for i, timestep in enumerate(self.timesteps):
-                sums[i] += _loss_sum(parts, mates, batch, timestep)
+        sums = self._sums(parts, mine, tensors)
         gathered = parts.group.gather(sums)
         means = [sum(column) / len(rows) for column in zip(*gathered, strict=True)]
         measured = {f"validation/{t}": m for t, m in zip(self.timesteps, means, strict=True)}
         return {"validation": sum(means) / len(means), **measured}
+
+    def _sums(
+        self, parts: Parts, mine: Sequence[SampleRef], tensors: Sequence[Tensors]
+    ) -> list[float]:
+        """Sum of this worker's losses at each timestep; out of memory halves the micro-batch."""
+        while True:
+            sums = [0.0] * len(self.timesteps)
+            try:
+                for mates, batch in micro_batches(mine, tensors, parts.micro_batch):
+                    for i, timestep in enumerate(self.timesteps):
+                        sums[i] += _loss_sum(parts, mates, batch, timestep)
+                return sums
+            except torch.OutOfMemoryError:
+                if parts.micro_batch == 1:
+                    raise
+            parts.halve_micro_batch("validation")
 
 
 def _loss_sum(
