@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_tensors
 
-from raylora.assemble import make_run, open_family, open_store
+from raylora.assemble import make_run, open_store
 from raylora.check import check_job
 from raylora.job import Job, load_job, with_overrides
 from raylora.local import cache_here, train
 from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
-from raylora.training.reduce import Group
+from raylora.training.loop import Run
+from raylora.training.reduce import Alone, Group
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "jobs" / "quickstart.yaml"
@@ -54,18 +55,23 @@ def saved_file(job: Job) -> dict[str, torch.Tensor]:
     return load_tensors(open_store(job).read(f"{job.name}.safetensors"))
 
 
-def first_values(job: Job, group: Group) -> torch.Tensor:
-    """The adapter's numbers before the first step."""
+def open_run(job: Job, group: Group | None = None, *, report: bool = False) -> Run:
+    """A run ready to be trained; `report` says whether it reports and saves. Close it."""
     checked = check_job(job)
-    run = make_run(
+    return make_run(
         job,
-        open_family(job),
+        checked.family,
         cache_here(checked),
         open_store(job),
-        group,
+        group or Alone(),
         torch.device("cpu"),
         prove=False,
-        report=False,
+        report=report,
     )
+
+
+def first_values(job: Job, group: Group) -> torch.Tensor:
+    """The adapter's numbers before the first step."""
+    run = open_run(job, group)
     run.close()
     return run.parts.adapter.values.detach().clone()
