@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raylora.base.errors import WeightsError
-from raylora.diffusion.attention import attention
 from raylora.base.site import Site
+from raylora.diffusion.attention import attention
 from raylora.diffusion.process import Prediction, Process
 from raylora.diffusion.schedules import alphas_cumprod
 from raylora.families import Encoder, Family, FamilyOptions, Renderer

@@ -67,27 +67,33 @@ class _LowRank(torch.autograd.Function):
 
 
 class _LowRankConv(torch.autograd.Function):
-    """The same over feature maps laid out (B, I, P), P pixels, for 1x1 convolutions."""
+    """The same over feature maps (B, I, H, W), P pixels, for 1x1 convolutions."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_BIP: Tensor, down_RI: Tensor, up_OR: Tensor, base_BOP: Tensor, scale: float
+        ctx: Any, x: Tensor, down_RI: Tensor, up_OR: Tensor, base: Tensor, scale: float
     ) -> Tensor:
-        hidden_BRP = down_RI.to(x_BIP.dtype) @ x_BIP
-        ctx.save_for_backward(x_BIP, down_RI, up_OR, hidden_BRP)
+        hidden_BRP = down_RI.to(x.dtype) @ x.flatten(2)
+        ctx.save_for_backward(x, down_RI, up_OR, hidden_BRP)
         ctx.scale = scale
-        up = up_OR.to(x_BIP.dtype).expand(len(x_BIP), -1, -1)
-        return torch.baddbmm(base_BOP, up, hidden_BRP, alpha=scale)
+        up_BOR = up_OR.to(x.dtype).expand(len(x), -1, -1)
+        adapted = torch.baddbmm(base.flatten(2), up_BOR, hidden_BRP, alpha=scale)
+        return adapted.view(base.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad_BOP: Tensor) -> tuple[Tensor | None, ...]:
-        x_BIP, down_RI, up_OR, hidden_BRP = ctx.saved_tensors
-        grad_hidden_BRP = (up_OR.to(grad_BOP.dtype).T @ grad_BOP).mul_(ctx.scale)
-        grad_down = (grad_hidden_BRP @ x_BIP.transpose(1, 2)).sum(0).to(down_RI.dtype)
-        grad_up = (hidden_BRP @ grad_BOP.transpose(1, 2)).sum(0).to(up_OR.dtype).mul_(ctx.scale).T
-        grad_x = down_RI.to(grad_BOP.dtype).T @ grad_hidden_BRP if ctx.needs_input_grad[0] else None
-        grad_base = grad_BOP if ctx.needs_input_grad[3] else None
-        return grad_x, grad_down, grad_up, grad_base, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, down_RI, up_OR, hidden_BRP = ctx.saved_tensors
+        grad_BOP = grad.flatten(2)
+        grad_hidden_BRP = up_OR.to(grad.dtype).T @ grad_BOP
+        grad_up_RO = (hidden_BRP @ grad_BOP.mT).sum(0)
+        if ctx.scale != 1.0:
+            grad_hidden_BRP *= ctx.scale
+            grad_up_RO *= ctx.scale
+        grad_down = (grad_hidden_BRP @ x.flatten(2).mT).sum(0)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (down_RI.to(grad.dtype).T @ grad_hidden_BRP).view(x.shape)
+        return grad_x, grad_down, grad_up_RO.T, grad, None
 
 
 def forward(parameters: Parameters, x: Tensor, base_output: Tensor, scale: float) -> Tensor:
@@ -100,11 +106,8 @@ def forward(parameters: Parameters, x: Tensor, base_output: Tensor, scale: float
         scale: alpha / rank, times any strength.
     """
     down, up = parameters["down"], parameters["up"]
-    if x.dim() == 4:
-        adapted = _LowRankConv.apply(x.flatten(2), down, up, base_output.flatten(2), scale)  # type: ignore[no-untyped-call]
-        return adapted.view(base_output.shape)
-    adapted = _LowRank.apply(x, down, up, base_output, scale)  # type: ignore[no-untyped-call]
-    assert isinstance(adapted, Tensor)
+    low_rank = _LowRankConv if x.dim() == 4 else _LowRank
+    adapted: Tensor = low_rank.apply(x, down, up, base_output, scale)  # type: ignore[no-untyped-call]
     return adapted
 
 
