@@ -1,0 +1,224 @@
+"""One global step: the same for any micro-batch, replayed when memory runs out, clipped once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeJob
+from small import final_state, open_run
+from torch import Tensor
+from torch.testing import assert_close
+
+from raylora.job import Job
+from raylora.training.loop import Run, run_training
+from raylora.training.step import losses_at, sample_losses, train_step
+
+
+def limit_memory(run: Run, most_images: int, *, from_call: int = 0) -> list[int]:
+    """Let the denoiser run out of memory above some images; batch sizes that were tried."""
+    predict, tried = run.parts.predict, []
+
+    def limited(denoiser: Any, noisy: Tensor, *more: Any) -> Tensor:
+        tried.append(len(noisy))
+        if len(noisy) > most_images and len(tried) > from_call:
+            raise torch.OutOfMemoryError("a test's")
+        return predict(denoiser, noisy, *more)
+
+    run.parts.predict = limited
+    return tried
+
+
+def trained(job: Job, most_images: int | None = None, **more: int) -> dict[str, Tensor]:
+    run = open_run(job, report=True)
+    try:
+        if most_images:
+            limit_memory(run, most_images, **more)
+        run_training(run)
+    finally:
+        run.close()
+    return final_state(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("from_call", [0, 2])
+def test_out_of_memory_halves_the_micro_batch_and_replays_the_step(
+    make_job: MakeJob, from_call: int
+):
+    given = {"training__images_per_step": 6, "training__steps": 4}
+    short = trained(make_job(name="short", **given), 2, from_call=from_call)
+    enough = trained(make_job(name="enough", memory__max_micro_batch=2, **given))
+    for name, tensor in enough.items():
+        if from_call == 0:
+            assert torch.equal(short[name], tensor), name
+        else:  # two steps went through in one batch before
+            assert_close(short[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_the_micro_batch_stays_halved_and_one_image_too_many_is_an_error(make_job: MakeJob):
+    run = open_run(make_job(training__images_per_step=8))
+    tried = limit_memory(run, 2)
+    train_step(run.parts, 0)
+    broken = [size for size in tried if size > 2]
+    assert len(broken) == 2
+    assert 4 < broken[0] <= 8
+    assert 2 < broken[1] <= 4
+    assert run.parts.micro_batch == 2
+    tried.clear()
+    train_step(run.parts, 1)
+    assert max(tried) == 2
+    assert sum(tried) == 8
+    limit_memory(run, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(run.parts, 2)
+    run.close()
+
+
+def test_nothing_of_a_broken_try_stays_in_the_gradient(make_job: MakeJob):
+    results = []
+    for breaks in (False, True):
+        run = open_run(make_job(training__images_per_step=4, memory__max_micro_batch=2))
+        if breaks:
+            predict, calls = run.parts.predict, []
+
+            def second_fails(*given: Any, predict: Any = predict, calls: Any = calls) -> Tensor:
+                calls.append(1)
+                if len(calls) == 2:
+                    raise torch.OutOfMemoryError
+                return predict(*given)  # type: ignore[no-any-return]
+
+            run.parts.predict = second_fails
+        else:
+            run.parts.micro_batch = 1
+        results.append((train_step(run.parts, 0), run.parts.adapter.gradients.clone()))
+        run.close()
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][0].loss, results[1][0].loss)
+
+
+@pytest.mark.slow
+def test_a_step_is_the_same_for_any_micro_batch_in_fp64(make_job: MakeJob):
+    found = []
+    for size in (1, 2, 3, 8):
+        job = make_job(
+            training__precision="fp64", training__images_per_step=6, memory__max_micro_batch=size
+        )
+        run = open_run(job)
+        losses = [float(train_step(run.parts, number).loss) for number in range(3)]
+        found.append((torch.tensor(losses), run.parts.adapter.values.detach()))
+        run.close()
+    for losses, values in found[1:]:
+        assert_close(losses, found[0][0], rtol=1e-12, atol=0)
+        assert_close(values, found[0][1], rtol=0, atol=1e-11)  # fp64, through Adam's division
+
+
+def test_losses_and_gradients_are_divided_by_the_images_of_the_whole_step(make_job: MakeJob):
+    run = open_run(make_job(training__images_per_step=3, optimizer__max_grad_norm=0))
+    parts = run.parts
+    samples, tensors, count = parts.loader.take(0)
+    losses = []
+    for sample, held in zip(samples, tensors, strict=True):
+        batch = {word: torch.from_numpy(array.copy())[None] for word, array in held.items()}
+        losses.append(sample_losses(parts, batch, [sample.number], 0)[0])
+    mean = torch.stack(losses).mean()
+    parts.adapter.gradients.zero_()
+    mean.backward()
+    by_hand = parts.adapter.gradients.clone()
+    result = train_step(parts, 0)
+    assert count == result.images == result.my_images == 3
+    assert_close(result.loss, mean.detach())
+    assert_close(parts.adapter.gradients, by_hand, rtol=1e-4, atol=1e-7)
+    assert_close(result.gradient_norm, by_hand.norm())
+    run.close()
+
+
+def test_a_long_gradient_is_shortened_and_a_short_one_left(make_job: MakeJob):
+    norms = {}
+    for limit in (0.0, 1e-3, 1e6):
+        run = open_run(make_job(optimizer__max_grad_norm=limit))
+        result = train_step(run.parts, 0)
+        norms[limit] = (float(result.gradient_norm), float(run.parts.adapter.gradients.norm()))
+        run.close()
+    told = {before for before, _ in norms.values()}
+    assert len(told) == 1, "the norm that is told is the one before clipping"
+    (before,) = told
+    assert before > 1e-3
+    assert norms[0.0][1] == norms[1e6][1] == pytest.approx(before)
+    assert norms[1e-3][1] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_rate_follows_the_schedule(make_job: MakeJob):
+    run = open_run(
+        make_job(
+            training__steps=4,
+            optimizer__learning_rate=0.01,
+            schedule__name="linear",
+            schedule__warmup_steps=2,
+        )
+    )
+    rates = []
+    for number in range(4):
+        train_step(run.parts, number)
+        rates.append(run.parts.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
+    run.close()
+
+
+def test_timesteps_stay_in_the_jobs_range(make_job: MakeJob):
+    run = open_run(make_job(training__min_timestep=300, training__max_timestep=310))
+    predict, seen = run.parts.predict, []
+
+    def look(denoiser: Any, noisy: Tensor, timesteps: Tensor, conditions: Any) -> Tensor:
+        seen.extend(timesteps.tolist())
+        return predict(denoiser, noisy, timesteps, conditions)
+
+    run.parts.predict = look
+    for number in range(4):
+        train_step(run.parts, number)
+    assert len(seen) == 16
+    assert 300 <= min(seen) < max(seen) < 310
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("precision", "activations", "exact"),
+    [
+        ("fp32", torch.float32, torch.float32),
+        ("bf16", torch.bfloat16, torch.float32),
+        ("fp64", torch.float64, torch.float64),
+    ],
+)
+def test_dtypes_are_explicit(
+    make_job: MakeJob, precision: str, activations: torch.dtype, exact: torch.dtype
+):
+    run = open_run(make_job(training__precision=precision, training__images_per_step=1))
+    predict, seen = run.parts.predict, []
+
+    def look(denoiser: Any, noisy: Tensor, timesteps: Tensor, conditions: Any) -> Tensor:
+        seen.extend([noisy.dtype, conditions["text"].dtype])
+        return predict(denoiser, noisy, timesteps, conditions)
+
+    run.parts.predict = look
+    result = train_step(run.parts, 0)
+    assert set(seen) == {activations}
+    assert result.loss.dtype == exact
+    assert run.parts.adapter.values.dtype == run.parts.adapter.gradients.dtype == exact
+    assert torch.isfinite(run.parts.adapter.values).all()
+    run.close()
+
+
+def test_losses_at_given_noise_are_those_of_the_formula(make_job: MakeJob):
+    run = open_run(make_job())
+    parts = run.parts
+    _, tensors, _ = parts.loader.take(0)
+    batch = {word: torch.from_numpy(array.copy())[None] for word, array in tensors[0].items()}
+    noise, timesteps = torch.full_like(batch["latents"], 0.5), torch.tensor([700])
+    left = parts.process.alphas_cumprod[700].float()
+    noisy = left.sqrt() * batch["latents"] + (1 - left).sqrt() * noise
+    wanted = left.sqrt() * noise - (1 - left).sqrt() * batch["latents"]  # the tiny base predicts v
+    with torch.no_grad():
+        prediction = parts.denoiser(noisy, timesteps, batch["text"]).sample
+        found = losses_at(parts, batch, noise, timesteps)
+    assert_close(found, (prediction - wanted).square().mean((1, 2, 3)), rtol=1e-5, atol=1e-7)
+    run.close()
