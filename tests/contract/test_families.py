@@ -1,0 +1,213 @@
+"""Every model family, found by listing: what the cache, the trainer and the preview rely on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bases import open_tiny, tiny_folder
+from torch import nn
+from torch.testing import assert_close
+
+from raylora.adapt.keys import kohya_name
+from raylora.base.errors import WeightsError
+from raylora.base.lookup import plugins
+from raylora.families import Encoder, Family, FamilyOptions, get_family
+
+KINDS = plugins("raylora.families")
+CPU = torch.device("cpu")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@cache
+def opened(kind: str) -> Family:
+    return open_tiny(kind)
+
+
+@cache
+def denoiser_of(kind: str) -> nn.Module:
+    return opened(kind).load_denoiser(dtype=torch.float32, device=CPU)
+
+
+@cache
+def encoder_of(kind: str) -> Encoder:
+    return opened(kind).load_encoder(device=CPU)
+
+
+def pixels(family: Family, count: int) -> np.ndarray:
+    size = (count, 3, 2 * family.size_step, 3 * family.size_step)
+    return np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32)
+
+
+@every_kind
+def test_its_file_name_is_its_word(kind: str):
+    family, options = get_family(kind)
+    assert issubclass(family, Family)
+    assert issubclass(options, FamilyOptions)
+    assert options(weights="x").kind == kind
+    assert options.__doc__
+
+
+@every_kind
+def test_it_says_what_it_is(kind: str):
+    family = opened(kind)
+    assert family.component in ("unet", "transformer")
+    assert family.size_step % family.pixels_per_latent == 0
+    assert {"ss_base_model_version", "ss_sd_model_name", "modelspec.architecture"} <= set(
+        family.metadata
+    )
+    assert all(isinstance(value, str) for value in family.metadata.values())
+    assert family.process.steps == len(family.process.alphas_cumprod)
+
+
+@every_kind
+def test_a_folder_that_is_another_model_is_refused(kind: str, tmp_path: Path):
+    with pytest.raises(WeightsError, match="is missing"):
+        open_tiny(kind, tmp_path)
+
+
+@pytest.mark.slow
+@every_kind
+def test_the_denoiser_is_frozen(kind: str):
+    denoiser = denoiser_of(kind)
+    assert not denoiser.training
+    assert not any(weight.requires_grad for weight in denoiser.parameters())
+    assert all(weight.dtype == torch.float32 for weight in denoiser.parameters())
+    assert not any(weight.is_meta for weight in [*denoiser.parameters(), *denoiser.buffers()])
+
+
+@every_kind
+@pytest.mark.parametrize("layers", ["attention", "attention_mlp"])
+def test_its_sites_are_layers_of_the_denoiser(kind: str, layers: str):
+    family, denoiser = opened(kind), denoiser_of(kind)
+    sites = family.sites(denoiser, layers)
+    assert sites
+    for site in sites:
+        component, _, path = site.name.partition(".")
+        layer = denoiser.get_submodule(path)
+        assert component == family.component
+        if site.kind == "linear":
+            assert isinstance(layer, nn.Linear)
+            assert (layer.in_features, layer.out_features) == (site.inputs, site.outputs)
+        else:
+            assert isinstance(layer, nn.Conv2d)
+            assert (layer.in_channels, layer.out_channels) == (site.inputs, site.outputs)
+    names = {kohya_name(site.name) for site in sites}
+    assert len(names) == len(sites), "two layers would have one name in the file"
+
+
+@every_kind
+def test_attention_is_a_part_of_attention_and_mlp_in_the_same_order(kind: str):
+    family, denoiser = opened(kind), denoiser_of(kind)
+    few, many = (family.sites(denoiser, layers) for layers in ("attention", "attention_mlp"))
+    assert len(few) < len(many)
+    assert [site for site in many if site in few] == few
+    assert family.sites(denoiser, "attention_mlp") == many
+
+
+@pytest.mark.slow
+@every_kind
+def test_images_become_latents(kind: str):
+    family, encoder = opened(kind), encoder_of(kind)
+    given = pixels(family, 2)
+    latents = encoder.encode_images(given)["latents"]
+    height, width = (side // family.pixels_per_latent for side in given.shape[2:])
+    assert latents.shape == (2, family.latent_channels, height, width)
+    assert latents.dtype == np.float32
+    assert np.isfinite(latents).all()
+    assert 0.2 < latents.std() < 5, "latents are not scaled to about 1"
+    alone = encoder.encode_images(given[1:])["latents"]
+    assert_close(alone, latents[1:], rtol=0, atol=1e-4)  # fp32, another order of sums
+    assert np.array_equal(encoder.encode_images(given)["latents"], latents)
+
+
+@pytest.mark.slow
+@every_kind
+def test_captions_become_tensors(kind: str):
+    encoder = encoder_of(kind)
+    both = encoder.encode_texts(["ink icon, cat", ""])
+    assert "text" in both
+    long = encoder.encode_texts(["cat, " * 300])
+    for word, array in both.items():
+        assert len(array) == 2
+        assert array[:1].shape == long[word].shape, "captions of any length have one shape"
+        assert not np.array_equal(array[0], array[1])
+        assert np.isfinite(array).all()
+        alone = encoder.encode_texts([""])[word]
+        assert_close(alone[0], array[1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predictions_have_the_shape_of_the_latents(kind: str, dtype: torch.dtype):
+    family = opened(kind)
+    denoiser = family.load_denoiser(dtype=dtype, device=CPU)
+    captions = encoder_of(kind).encode_texts(["a cat", "a dog"])
+    conditions = {word: torch.from_numpy(array).to(dtype) for word, array in captions.items()}
+    side = family.size_step // family.pixels_per_latent
+    for height, width in ((side, side), (2 * side, 3 * side)):
+        latents = torch.linspace(-1, 1, 2 * family.latent_channels * height * width)
+        noisy = latents.view(2, family.latent_channels, height, width).to(dtype)
+        timesteps = torch.tensor([0, family.process.steps - 1])
+        with torch.no_grad():
+            prediction = family.predict(denoiser, noisy, timesteps, conditions)
+            again = family.predict(denoiser, noisy, timesteps, conditions)
+            alone = family.predict(
+                denoiser, noisy[1:], timesteps[1:], {w: t[1:] for w, t in conditions.items()}
+            )
+        assert (prediction.shape, prediction.dtype) == (noisy.shape, dtype)
+        assert torch.isfinite(prediction).all()
+        assert torch.equal(again, prediction)
+        if dtype == torch.float32:
+            assert_close(alone[0], prediction[1], rtol=0, atol=1e-4)
+
+
+@every_kind
+def test_facts_are_json_and_the_same_each_time(kind: str):
+    first, second = open_tiny(kind).encoder_facts(), open_tiny(kind).encoder_facts()
+    assert first == second
+    assert json.loads(json.dumps(first)) == list(first)
+    encoder = encoder_of(kind)
+    assert (encoder.latents_facts, encoder.text_facts) == first
+
+
+@every_kind
+@pytest.mark.parametrize(("part", "changed"), [("vae", 0), ("text_encoder", 1), ("tokenizer", 1)])
+def test_facts_follow_the_weights_and_not_the_place(
+    kind: str, part: str, changed: int, tmp_path: Path
+):
+    folder = tmp_path / "moved"
+    shutil.copytree(tiny_folder(kind), folder)
+    before = opened(kind).encoder_facts()
+    assert open_tiny(kind, folder).encoder_facts() == before
+    file = max((folder / part).iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    after = open_tiny(kind, folder).encoder_facts()
+    assert after[changed] != before[changed]
+    assert after[1 - changed] == before[1 - changed]
+
+
+@pytest.mark.slow
+@every_kind
+def test_a_renderer_draws_the_size_it_is_given(kind: str):
+    family, denoiser = opened(kind), denoiser_of(kind)
+    side = 2 * family.size_step // family.pixels_per_latent
+    latents = torch.linspace(-2, 2, family.latent_channels * side * side)
+    latents = latents.view(1, family.latent_channels, side, side)
+    renderer = family.load_renderer(denoiser)
+    drawn = [
+        renderer.render(prompt, negative="", latents=latents, steps=2, guidance=3.0)
+        for prompt in ("a cat", "a cat", "a dog")
+    ]
+    assert drawn[0].shape == (2 * family.size_step, 2 * family.size_step, 3)
+    assert drawn[0].dtype == np.uint8
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
