@@ -1,0 +1,121 @@
+"""The flat buffer, and layers whose output passes through whichever adapter is set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from raylora.adapt.attach import Adapter, Attachment, fresh_adapter
+from raylora.base.site import Site
+from raylora.networks.lora import LoraOptions, network
+
+CPU = torch.device("cpu")
+SITES = [Site("toy.first", "linear", 4, 3), Site("toy.inner.second", "linear", 3, 2)]
+OPTIONS = LoraOptions(rank=2, alpha=1.0)
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 3).double()
+        self.inner = nn.ModuleDict({"second": nn.Linear(3, 2).double()})
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner["second"](self.first(x))
+
+
+def adapter(seed: int = 0, sites: list[Site] = SITES) -> Adapter:
+    made = fresh_adapter(network, OPTIONS, sites, seed=seed, dtype=torch.float64, device=CPU)
+    with torch.no_grad():
+        made.values += torch.from_numpy(np.random.default_rng(seed).normal(size=len(made.values)))
+    return made
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
+
+
+def test_parameters_and_gradients_are_views_of_the_flat_buffers(x: Tensor):
+    made = adapter()
+    assert made.values.shape == made.gradients.shape == (2 * 4 + 3 * 2 + 2 * 3 + 2 * 2,)
+    assert made.values.grad is made.gradients
+    Attachment(model := Toy(), "toy", made)
+    model(x).sum().backward()
+    joined = [leaf.grad.flatten() for held in made.parameters.values() for leaf in held.values()]
+    assert torch.equal(torch.cat(joined), made.gradients)
+    assert made.gradients.abs().max() > 0
+    made.values.data.fill_(7.0)
+    assert all((leaf == 7).all() for held in made.parameters.values() for leaf in held.values())
+
+
+def test_an_optimizer_over_the_flat_values_moves_the_layers(x: Tensor):
+    made = adapter()
+    Attachment(model := Toy(), "toy", made)
+    before = model(x).detach()
+    model(x).square().sum().backward()
+    torch.optim.SGD([made.values], lr=0.1).step()
+    assert not torch.allclose(model(x), before)
+
+
+def test_gradients_add_up_over_micro_batches(x: Tensor):
+    made = adapter()
+    Attachment(model := Toy(), "toy", made)
+    model(x).sum().backward()
+    whole = made.gradients.clone()
+    made.gradients.zero_()
+    for row in x:
+        model(row[None]).sum().backward()
+    assert_close(made.gradients, whole, rtol=0, atol=1e-14)
+
+
+def test_strength_multiplies_what_the_adapter_adds(x: Tensor):
+    sites = SITES[1:]
+    made = adapter(sites=sites)
+    attachment = Attachment(model := Toy(), "toy", made)
+    full = model(x)
+    made.strength = 0.5
+    half = model(x)
+    attachment.adapter = None
+    base = model(x)
+    assert_close(half - base, (full - base) / 2, rtol=0, atol=1e-15)
+
+
+def test_adapters_are_exchanged_at_any_time(x: Tensor):
+    first, second = adapter(1), adapter(2, SITES[:1])
+    attachment = Attachment(model := Toy(), "toy")
+    base = model(x)
+    attachment.attach(SITES)
+    assert torch.equal(model(x), base)
+    attachment.adapter = first
+    with_first = model(x)
+    attachment.adapter = second
+    with_second = model(x)
+    attachment.adapter = first
+    assert torch.equal(model(x), with_first)
+    assert not torch.allclose(with_first, with_second)
+    assert not torch.allclose(with_second, base)
+
+
+def test_a_site_is_routed_once(x: Tensor):
+    made = adapter()
+    attachment = Attachment(model := Toy(), "toy", made)
+    once = model(x)
+    attachment.attach(SITES)
+    assert torch.equal(model(x), once)
+    attachment.detach()
+    attachment.detach()
+    assert "forward" not in vars(model.first)
+
+
+def test_exported_tensors_are_detached_and_of_this_moment():
+    made = adapter()
+    exported = made.modules(OPTIONS)
+    assert list(exported) == [site.name for site in SITES]
+    down = exported["toy.first"]["lora_down.weight"]
+    assert not down.requires_grad
+    assert torch.equal(down, made.parameters["toy.first"]["down"])
