@@ -48,7 +48,7 @@ def connect(fleet: FleetOptions) -> None:
         if address:
             ray.init(address=address, **settings)
         else:
-            # Its log would tell a newcomer of an "error" in Ray Data's every start; ours are Python's.
+            # Ray Data logs an "error" at its every start that is none and only alarms people.
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             cpus = max(os.cpu_count() or 1, -(-fleet.count * fleet.cpus_per_worker // 1))
             ray.init(address="local", num_cpus=int(cpus), include_dashboard=False, **settings)
