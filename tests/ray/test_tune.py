@@ -64,7 +64,7 @@ def leave_half(campaign: Campaign, folder: Path) -> dict[str, torch.Tensor]:
 def test_a_campaign_resumes_stops_and_ranks_its_trials(
     ray_cluster: None, tmp_path: Path, s3_url: str
 ) -> None:
-    campaign = small_campaign(tmp_path, s3_url)
+    campaign = small_campaign(tmp_path, s3_url, "fleet.workers=1")
     expected = leave_half(campaign, tmp_path)
     good, bad, broken = campaign.trials
     foreign = State(2, {"values": torch.zeros(1)}, {"dataset": "another", "shares": [1.0]})
