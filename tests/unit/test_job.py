@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from small import QUICKSTART, ROOT
@@ -249,7 +250,6 @@ def test_every_option_has_a_text_in_the_schema():
 
 @pytest.mark.parametrize("path", JOB_FILES, ids=lambda path: path.stem)
 def test_every_job_of_the_repository_fits_the_schema(path: Path):
-    jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((ROOT / "job.schema.json").read_text())
     tree = yaml.safe_load(path.read_text())
     jsonschema.validate(tree, schema)
