@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from raylora.assemble import Datasets, claim, finish, load_datasets, make_run, pick_device
+from raylora.base.encoder import Encoder
 from raylora.base.errors import TrainingError
 from raylora.check import Checked, check_job
 from raylora.data.dataset import run_item
-from raylora.families import Encoder
 from raylora.job import Job
 from raylora.training.loop import Outcome, run_training
 from raylora.training.reduce import Alone

@@ -14,13 +14,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from raylora.base.encoder import Encoder
 from raylora.base.errors import DataError
 from raylora.base.storage import open_storage
 from raylora.base.units import GIB
 from raylora.data.cache_index import CacheIndex
 from raylora.data.cache_read import CacheReader
 from raylora.data.decode import decoder_name
-from raylora.data.encode import Encoder, ItemReport, run_item
+from raylora.data.encode import ItemReport, run_item
 from raylora.data.local_cache import default_local_folder
 from raylora.data.plan import CachePlan, PlanFacts, WorkItem, prepare
 from raylora.data.quarantine import check_bad_share, write_quarantine

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raylora.base.encoder import Encoder
 from raylora.base.errors import DataError, MissingObject
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage, open_storage
@@ -29,24 +30,6 @@ _DECODE_THREADS = 4
 _DECODE_AHEAD = 8
 
 T = TypeVar("T")
-
-
-class Encoder(Protocol):
-    """What a model family gives to the cache; the same numbers for the same facts."""
-
-    @property
-    def latents_facts(self) -> dict[str, Any]:
-        """JSON values that name the image encoder: family, hash of the weights, dtype."""
-
-    @property
-    def text_facts(self) -> dict[str, Any]:
-        """JSON values that name the text encoders, likewise."""
-
-    def encode_images(self, pixels: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-        """(B, 3, H, W) in -1..1 to named tensors, each with B first."""
-
-    def encode_texts(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """B captions to named tensors, each with B first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from raylora.base.encoder import Encoder
 from raylora.base.lookup import load_plugin
 from raylora.base.options import Options
 from raylora.base.site import Site
@@ -34,24 +35,6 @@ class FamilyOptions(Options):
     """The model family: the name of a file in raylora/families."""
     weights: str
     """The base: a folder in diffusers layout, local or s3://."""
-
-
-class Encoder(Protocol):
-    """Turns pixels and captions into what the denoiser is trained on."""
-
-    @property
-    def latents_facts(self) -> dict[str, Any]:
-        """What names an encoded image: anything here changes, and images are encoded again."""
-
-    @property
-    def text_facts(self) -> dict[str, Any]:
-        """What names an encoded caption."""
-
-    def encode_images(self, pixels: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-        """(B, 3, H, W) in [-1, 1] -> {"latents": (B, C, h, w)}."""
-
-    def encode_texts(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """B captions -> {"text": (B, T, D)} and what else the family conditions on."""
 
 
 class Family(ABC):

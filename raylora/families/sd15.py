@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from raylora.base.encoder import Encoder
 from raylora.base.errors import WeightsError
 from raylora.base.site import Site
 from raylora.diffusion.attention import attention
 from raylora.diffusion.process import Prediction, Process
 from raylora.diffusion.schedules import alphas_cumprod
-from raylora.families import Encoder, Family, FamilyOptions, Renderer
+from raylora.families import Family, FamilyOptions, Renderer
 
 
 class Sd15Options(FamilyOptions):

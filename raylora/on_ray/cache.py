@@ -17,11 +17,11 @@ import ray
 import torch
 
 from raylora.assemble import Datasets, load_datasets, open_family
+from raylora.base.encoder import Encoder
 from raylora.base.log import get_logger, start_logging
 from raylora.check import Checked
 from raylora.data.dataset import run_item
 from raylora.data.plan import PlanFacts, WorkItem
-from raylora.families import Encoder
 from raylora.job import Job, job_from
 from raylora.on_ray.resources import stand_in
 

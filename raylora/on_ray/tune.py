@@ -101,6 +101,11 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
         if number not in self.errors:
             self.stopped.add(number)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial's process died; Tune starts another."""
+        name = self._names[trial.config["trial"]]
+        log.warning("%s: its process died; it goes on from its newest checkpoint", name)
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's process died, more often than fleet.max_failures allows."""
         said = str(trial.get_error() or "").strip().splitlines()
@@ -151,7 +156,8 @@ def _fit(
     """Let Tune run the trials; returns when none is left, or at Ctrl-C."""
     numbers = [trial.number for trial in campaign.trials]
     log.info("%s: %d trials, %d at once", campaign.options.name, len(numbers), at_once)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # The watcher says in a line what Tune would say in a page.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     trainable = tune.with_parameters(

@@ -15,9 +15,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from raylora.adapt.keys import kohya_name
+from raylora.base.encoder import Encoder
 from raylora.base.errors import WeightsError
 from raylora.base.lookup import plugins
-from raylora.families import Encoder, Family, FamilyOptions, get_family
+from raylora.families import Family, FamilyOptions, get_family
 
 KINDS = plugins("raylora.families")
 CPU = torch.device("cpu")
