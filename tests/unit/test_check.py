@@ -1,0 +1,105 @@
+"""`check_job`: every mistake that can be found before training, at once; the steps arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import ROOT, small_job
+
+from raylora.base.errors import JobError
+from raylora.check import arithmetic, check_job
+from raylora.job import Job
+
+HOLDOUT = str(ROOT / "jobs/quickstart/demo-data/holdout")
+
+
+def job(folder: Path | str, **more: Any) -> Job:
+    return small_job(str(folder), **{"data__folder": HOLDOUT, **more})
+
+
+def problems(given: Job) -> list[str]:
+    with pytest.raises(JobError) as caught:
+        check_job(given)
+    return caught.value.problems
+
+
+def test_mistakes_of_base_store_and_images_are_told_together(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    found = problems(
+        job(
+            tmp_path / "file" / "store",
+            data__folder=str(tmp_path / "nothing"),
+            validation__folder=str(tmp_path / "nor here"),
+            data__cache=str(tmp_path / "cache"),
+            validation__timesteps=[5000],
+            training__max_timestep=2000,
+            data__bucket_reso_steps=8,
+            preview__prompts=["a cat"],
+            preview__width=70,
+        )
+    )
+    starts = [
+        "data.bucket_reso_steps is 8; this base needs a multiple of 16",
+        "preview.width and height 70x64: this base needs multiples of 16",
+        "training.min_timestep 0 and max_timestep 2000: the base has timesteps 0 to 999",
+        "validation.timesteps [5000]: the base has timesteps 0 to 999",
+    ]
+    assert [start for start in starts if not any(p.startswith(start) for p in found)] == []
+    assert sum("nothing" in p for p in found) == 1
+    assert sum("nor here" in p for p in found) == 1
+    assert sum(str(tmp_path / "file" / "store") in p for p in found) == 1
+    assert len(found) == 7
+
+
+def test_a_missing_base_does_not_hide_what_else_is_wrong(tmp_path: Path):
+    found = problems(
+        job("ftp://somewhere", data__cache=str(tmp_path), family__weights=str(tmp_path / "absent"))
+    )
+    assert len(found) == 2
+    assert "is not a folder. Give a folder in diffusers layout" in found[0]
+    assert "ftp" in found[1]
+
+
+def test_without_buckets_the_resolution_must_fit_the_base(tmp_path: Path):
+    (found,) = problems(job(tmp_path, data__enable_bucket=False, data__resolution=[64, 72]))
+    assert found.startswith("data.resolution 64x72: this base needs multiples of 16")
+
+
+def test_a_good_job_is_opened_and_nothing_is_encoded(tmp_path: Path):
+    checked = check_job(job(tmp_path))
+    assert checked.warnings == []
+    assert [plan.missing("latents") for plan in checked.plans] == [24]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_arithmetic_is_told(tmp_path: Path):
+    given = job(
+        tmp_path,
+        training__images_per_step=10,
+        training__steps=None,
+        training__epochs=2.5,
+        validation__folder=HOLDOUT,
+    )
+    numbers = arithmetic(check_job(given))
+    assert numbers["images"] == numbers["images_with_repeats"] == 24
+    assert numbers["held_out_images"] == 24
+    assert (numbers["steps_per_epoch"], numbers["steps"]) == (3, 8)
+    assert numbers["epochs"] == 2.67
+    assert sum(numbers["buckets"].values()) == 24
+    assert numbers["to_encode"]["images"] == 48
+    assert numbers["bad_images"] == 0
+
+
+def test_repeats_count_as_images_of_an_epoch(tmp_path: Path):
+    numbers = arithmetic(check_job(job(tmp_path, data__repeats=3, training__images_per_step=8)))
+    assert (numbers["images"], numbers["images_with_repeats"]) == (24, 72)
+    assert numbers["steps_per_epoch"] == 9
+
+
+def test_a_step_larger_than_the_data_set_is_warned_of(tmp_path: Path):
+    checked = check_job(job(tmp_path, training__images_per_step=100))
+    assert checked.warnings == [
+        "training.images_per_step is 100, but an epoch has only 24 images: each step holds 24."
+    ]
