@@ -1,0 +1,52 @@
+"""The road without Ray: what is encoded, and what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import ROOT, small_job
+
+from raylora.base.errors import TrainingError
+from raylora.check import check_job
+from raylora.job import Job
+from raylora.local import cache_here, refuse_stopped, train
+from raylora.training.loop import Outcome
+
+HOLDOUT = str(ROOT / "jobs/quickstart/demo-data/holdout")
+
+
+def job(store: Path, **more: Any) -> Job:
+    return small_job(str(store), **{"data__folder": HOLDOUT, **more})
+
+
+@pytest.mark.slow
+def test_a_second_time_no_encoder_is_loaded(tmp_path: Path):
+    first = cache_here(check_job(job(tmp_path)))
+    checked = check_job(job(tmp_path, name="other"))
+    assert [len(plan.items) for plan in checked.plans] == [0]
+
+    def refuse(**_: Any) -> Any:
+        raise AssertionError("an encoder was loaded")
+
+    checked.family.load_encoder = refuse  # type: ignore[method-assign]
+    again = cache_here(checked)
+    assert again.training.rows == first.training.rows
+    assert again.validation is None
+
+
+@pytest.mark.slow
+def test_progress_reaches_every_sink(tmp_path: Path):
+    told: list[dict[str, Any]] = []
+    given = job(tmp_path, training__steps=2, log__every_steps=1)
+    result = train(given, sinks=[told.append, told.append], prove=False)
+    assert result["steps"] == 2
+    assert [row["done"] for row in told if "images_per_second" in row] == [1, 1, 2, 2]
+    assert [row["event"] for row in told[::2] if "event" in row] == ["started", "saved", "trained"]
+
+
+def test_a_run_that_was_stopped_is_not_finished():
+    refuse_stopped(Outcome(5, stopped=False, validation=None))
+    with pytest.raises(TrainingError, match="stopped at step 5 as asked; the same command goes on"):
+        refuse_stopped(Outcome(5, stopped=True, validation=None))
