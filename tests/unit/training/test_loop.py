@@ -142,6 +142,7 @@ def test_only_the_last_checkpoints_are_kept(make_job: MakeJob):
     }
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(make_job: MakeJob):
     job = make_job(training__steps=1)
     result = train_small(job)

@@ -32,6 +32,7 @@ def test_every_recorded_step_comes_out_again(make_job: MakeJob):
     assert storage.entries() == before
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_recorded_is_told(make_job: MakeJob):
     job = make_job(training__steps=2)
     run = open_run(job)

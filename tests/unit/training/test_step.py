@@ -56,6 +56,7 @@ def test_out_of_memory_halves_the_micro_batch_and_replays_the_step(
             assert_close(short[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_micro_batch_stays_halved_and_one_image_too_many_is_an_error(make_job: MakeJob):
     run = open_run(make_job(training__images_per_step=8))
     tried = limit_memory(run, 2)
@@ -75,6 +76,7 @@ def test_the_micro_batch_stays_halved_and_one_image_too_many_is_an_error(make_jo
     run.close()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_broken_try_stays_in_the_gradient(make_job: MakeJob):
     results = []
     for breaks in (False, True):
@@ -133,6 +135,7 @@ def test_losses_and_gradients_are_divided_by_the_images_of_the_whole_step(make_j
     run.close()
 
 
+@pytest.mark.slow
 def test_a_long_gradient_is_shortened_and_a_short_one_left(make_job: MakeJob):
     norms = {}
     for limit in (0.0, 1e-3, 1e6):

@@ -103,6 +103,7 @@ def test_what_was_learned_shows(make_job: MakeJob):
     assert measure(job, steps=6) != pytest.approx(measure(job), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_micro_batch(make_job: MakeJob, one_icon: str):
     job = make_job(validation__folder=one_icon, validation__timesteps=TIMESTEPS)
     run = open_run(job)
