@@ -134,7 +134,7 @@ def _what(field: Schema, known: dict[str, Schema]) -> str:
         return f"`{field['const']}`"
     if "enum" in field:
         return " or ".join(f"`{word}`" for word in field["enum"])
-    kind = field.get("type", "any value")
+    kind: str = field.get("type", "any value")
     if kind == "array" and "prefixItems" in field:
         return "[" + ", ".join(_what(one, known) for one in field["prefixItems"]) + "]"
     if kind == "array":
