@@ -53,10 +53,10 @@ class Gate:
         if self._talk is None:
             caller = socket.socket(socket.AF_UNIX)
             caller.connect(self.address)
-            self._talk = caller.makefile("rw", buffering=1)
-            print(self.name, file=self._talk)
+            self._talk = caller.makefile("rw")
+            print(self.name, file=self._talk, flush=True)
         else:
-            print(used, file=self._talk)
+            print(used, file=self._talk, flush=True)
         self._talk.readline()
         self._began = cpu_seconds()
 
@@ -103,7 +103,7 @@ def take_turns(contestants: Sequence[Contestant], rounds: int, logs: Path) -> No
                 for one in contestants if number % 2 else reversed(contestants):
                     _turn(one, gates[one.name], started[one.name].pid)
             for gate in gates.values():
-                print("the end", file=gate)
+                print("the end", file=gate, flush=True)
             for process in started.values():
                 process.wait(timeout=300)
         finally:
@@ -134,14 +134,14 @@ def _meet(
                     raise SystemExit(f"{name} ended early; see {logs}/{name}.log") from None
             continue
         caller.settimeout(None)
-        gate = caller.makefile("rw", buffering=1)
+        gate = caller.makefile("rw")
         gates[gate.readline().strip()] = gate
     return gates
 
 
 def _turn(one: Contestant, gate: TextIO, pid: int) -> None:
     before = _tree_seconds(pid)
-    print("go", file=gate)
+    print("go", file=gate, flush=True)
     one.process_seconds.append(float(gate.readline()))
     one.tree_seconds.append(_tree_seconds(pid) - before)
 

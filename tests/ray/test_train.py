@@ -64,7 +64,7 @@ def kill_first_worker(job: Job) -> None:
     os.kill(process, signal.SIGKILL)
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(900)
 def test_two_workers_train_the_lora_of_one_process_and_survive_a_kill(
     ray_cluster: None, images_url: str, s3_url: str
 ) -> None:
