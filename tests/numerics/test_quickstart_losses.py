@@ -1,6 +1,6 @@
 """The quickstart's first losses are those that were recorded, so that no change moves them unseen.
 
-python tests/numerics/test_quickstart_losses.py > tests/golden/quickstart/losses.json
+python tests/numerics/test_quickstart_losses.py > tests/golden/quickstart_losses.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "quickstart" / "losses.json"
+GOLDEN = ROOT / "tests" / "golden" / "quickstart_losses.json"
 STEPS = 8
 
 
