@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,12 @@ from raylora.training.loop import Course, Run
 from raylora.training.parts import Parts
 from raylora.training.reduce import Group
 from raylora.training.report import Reporter, Sink
-from raylora.training.run_folder import claim_run, finished_steps, next_attempt
+from raylora.training.run_folder import (
+    claim_attempt,
+    claim_run,
+    finished_steps,
+    settle_move,
+)
 from raylora.training.sample import Previews
 from raylora.training.save import Saver
 from raylora.training.shares import Shares
@@ -67,10 +73,12 @@ def open_store(job: Job) -> Storage:
     return open_storage(job.store).within(job.run_folder)
 
 
-def claim(job: Job, *, extend: bool) -> tuple[Storage, dict[str, Any] | None]:
+def claim(
+    job: Job, *, extend: bool = False, moved: bool = False
+) -> tuple[Storage, dict[str, Any] | None]:
     """Take the run's name; (its folder, result.json when nothing is left to do)."""
     storage = open_store(job)
-    claim_run(storage, job.plain(), name=job.name, extend=extend)
+    claim_run(storage, job.plain(), name=job.name, extend=extend, moved=moved)
     if finished_steps(storage) is None:
         return storage, None
     result: dict[str, Any] = json.loads(storage.read("result.json"))
@@ -178,23 +186,42 @@ def make_run(
     loader = Loader(datasets.training, plan, shares, group.rank)
     parts = _make_parts(job, family, loader, group, shares, total, device)
     first = group.rank == 0 and report
-    attempt = next_attempt(storage) if first else 0
+    attempt = claim_attempt(storage) if first else 0
     reporter = _make_reporter(job, storage, attempt, total, device, sinks) if first else None
     prover = ExportProver() if prove and first else None
     if prover:
         prover.start()  # its imports take seconds; they are over when the first save comes
-    saver = _make_saver(job, family, datasets, plan, total, storage, prover) if first else None
+    make_saver = partial(_make_saver, job, family, datasets, plan, total, storage, prover)
     held_out = datasets.validation
     return Run(
         parts=parts,
         course=_course(job, total),
         storage=storage,
-        dataset_hash=fingerprint(datasets.training.rows),
+        content=content(family, datasets),
         validation=Validation(held_out, job.validation.timesteps) if held_out else None,
         previews=Previews(family, job.preview, storage) if job.preview.prompts else None,
         reporter=reporter,
-        saver=saver,
+        saver=make_saver(attempt) if first else None,
     )
+
+
+def settle(job: Job, storage: Storage, family: Family, datasets: Datasets) -> None:
+    """After `claim` with `moved`: the new places are the run's, if they hold what it has seen.
+
+    Raises:
+        JobError: they hold something else.
+    """
+    settle_move(storage, job.plain(), content(family, datasets))
+
+
+def content(family: Family, datasets: Datasets) -> dict[str, str]:
+    """Fingerprints of what is trained on, as checkpoints hold them."""
+    held_out = datasets.validation
+    return {
+        "dataset": fingerprint(datasets.training.rows),
+        "held_out": fingerprint(held_out.rows) if held_out else "none",
+        "base": family.fingerprint(),
+    }
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
@@ -292,6 +319,7 @@ def _make_saver(
     total: int,
     storage: Storage,
     prover: ExportProver | None,
+    attempt: int,
 ) -> Saver:
     started = time.time()
 
@@ -315,4 +343,5 @@ def _make_saver(
         metadata=metadata,
         prover=prover,
         keep_last=job.training.keep_last,
+        attempt=attempt,
     )

@@ -16,6 +16,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 from raylora.base.errors import JobError
 from raylora.base.lookup import plugins
 from raylora.base.options import Options, explain
+from raylora.base.yaml_file import parse_yaml, read_yaml_file
 from raylora.data.source import DataOptions
 from raylora.diffusion.losses import LossOptions
 from raylora.families import FamilyOptions, get_family
@@ -126,18 +127,9 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
     Raises:
         JobError: everything that is wrong with it, one sentence each.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read ({error.strerror}). Give a job file.") from None
-    except UnicodeDecodeError:
-        raise JobError(f"{path} is not a text file in UTF-8. Give a job file.") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise JobError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise JobError(f"{path} must hold sections such as family, data and training.")
+    tree = read_yaml_file(
+        path, wanted="a job file", holds="sections such as family, data and training"
+    )
     for override in overrides:
         _override(tree, override)
     return job_from(tree)
@@ -164,7 +156,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(path.split(".")):
         raise JobError(f"--set {override}: write it as section.option=value.")
     try:
-        _set(tree, path, yaml.safe_load(text))
+        _set(tree, path, parse_yaml(text))
     except yaml.YAMLError:
         raise JobError(f"--set {override}: the value is not YAML.") from None
 

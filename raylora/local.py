@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raylora.assemble import Datasets, claim, finish, load_datasets, make_run, pick_device
+from raylora.assemble import (
+    Datasets,
+    claim,
+    finish,
+    load_datasets,
+    make_run,
+    pick_device,
+    settle,
+)
 from raylora.base.encoder import Encoder
 from raylora.base.errors import TrainingError
 from raylora.check import Checked, check_job
@@ -20,6 +28,7 @@ def train(
     job: Job,
     *,
     extend: bool = False,
+    moved: bool = False,
     rehash: bool = False,
     sinks: Sequence[Sink] = (),
     prove: bool = True,
@@ -28,6 +37,7 @@ def train(
 
     Args:
         extend: go on past the end of a finished run whose job now asks for more steps.
+        moved: images or base lie elsewhere than before; their content is compared.
         rehash: read every source image again, whatever its size and date say.
         sinks: told every progress row.
         prove: read each saved file back with diffusers; off only to measure speed.
@@ -39,18 +49,27 @@ def train(
         UserError: the job cannot run; nothing was trained.
         TrainingError: the run stopped; what was saved stays good.
     """
-    return train_checked(check_job(job, rehash=rehash), extend=extend, sinks=sinks, prove=prove)
+    checked = check_job(job, rehash=rehash)
+    return train_checked(checked, extend=extend, moved=moved, sinks=sinks, prove=prove)
 
 
 def train_checked(
-    checked: Checked, *, extend: bool = False, sinks: Sequence[Sink] = (), prove: bool = True
+    checked: Checked,
+    *,
+    extend: bool = False,
+    moved: bool = False,
+    sinks: Sequence[Sink] = (),
+    prove: bool = True,
 ) -> dict[str, Any]:
     """`train` for a job that was checked already."""
     job = checked.job
-    storage, done = claim(job, extend=extend)
-    if done is not None:
+    storage, done = claim(job, extend=extend, moved=moved)
+    if done is not None and not moved:
         return done
     datasets = cache_here(checked)
+    settle(job, storage, checked.family, datasets)
+    if done is not None:
+        return done
     device = pick_device(job)
     run = make_run(job, checked.family, datasets, storage, Alone(), device, sinks, prove=prove)
     try:

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raylora.base.errors import JobError
 from raylora.base.lookup import did_you_mean
 from raylora.base.options import Options, explain
 from raylora.base.seeds import draw_generator, sample_number
+from raylora.base.yaml_file import read_yaml_file
 
 Values = dict[str, Any]
 """What one trial sets: dotted path -> value."""
@@ -174,14 +174,11 @@ def load_sweep(path: str | Path, *, job: str | None = None) -> SweepOptions:
     Raises:
         JobError: everything that is wrong with it, one sentence each.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read ({error.strerror}). Give a search space.") from None
-    except yaml.YAMLError as error:
-        raise JobError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise JobError(f"{path} must hold name, job and space; see tune_spaces/quickstart.yaml.")
+    tree = read_yaml_file(
+        path,
+        wanted="a search space",
+        holds="name, job and space; see tune_spaces/quickstart.yaml",
+    )
     try:
         return SweepOptions.model_validate(tree | ({"job": job} if job else {}))
     except ValidationError as error:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from raylora.base.errors import OptionError
 from raylora.base.options import explain
 from raylora.base.storage import open_storage
+from raylora.base.yaml_file import parse_yaml
 from raylora.cli_options import json_option, set_option
 from raylora.fleet import FleetOptions
 from raylora.gallery import example, with_base
@@ -59,7 +60,7 @@ def serve_options(host: str, port: int, overrides: tuple[str, ...]) -> ServeOpti
     for override in overrides:
         word, _, text = override.partition("=")
         try:
-            tree[word.strip()] = yaml.safe_load(text)
+            tree[word.strip()] = parse_yaml(text)
         except yaml.YAMLError:
             raise OptionError(f"--set {override}: the value is not YAML.") from None
     try:

@@ -19,11 +19,18 @@ from raylora.training.report import Sink
 @click.argument("job")
 @click.option("--local", is_flag=True, help="In this process, without Ray.")
 @click.option("--extend", is_flag=True, help="Go on past the end of a finished run.")
+@click.option("--moved", is_flag=True, help="Images or base lie elsewhere than when it began.")
 @click.option("--rehash", is_flag=True, help="Read every image again, whatever its date says.")
 @set_option
 @json_option
 def command(
-    job: str, local: bool, extend: bool, rehash: bool, overrides: tuple[str, ...], as_json: bool
+    job: str,
+    local: bool,
+    extend: bool,
+    moved: bool,
+    rehash: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> dict[str, Any]:
     """Train JOB, a YAML file; prints the run's folder last."""
     read = load_job(job, overrides)
@@ -33,9 +40,9 @@ def command(
     show_arithmetic(arithmetic(checked))
     with progress_sink() as sink:
         if local:
-            result = train_checked(checked, extend=extend, sinks=[sink])
+            result = train_checked(checked, extend=extend, moved=moved, sinks=[sink])
         else:
-            result = _on_ray(checked, extend=extend, sink=sink)
+            result = _on_ray(checked, extend=extend, moved=moved, sink=sink)
     folder = open_store(read).url
     show_result(result, folder)
     if not as_json:
@@ -43,10 +50,10 @@ def command(
     return {**result, "folder": folder}
 
 
-def _on_ray(checked: Checked, *, extend: bool, sink: Sink) -> dict[str, Any]:
+def _on_ray(checked: Checked, *, extend: bool, moved: bool, sink: Sink) -> dict[str, Any]:
     from raylora.on_ray.resources import connect
 
     connect(checked.job.fleet)
     from raylora.on_ray.train import train_on_ray
 
-    return train_on_ray(checked, extend=extend, sinks=[sink])
+    return train_on_ray(checked, extend=extend, moved=moved, sinks=[sink])

@@ -64,6 +64,10 @@ class Family(ABC):
         """The frozen denoiser, ready to be adapted."""
 
     @abstractmethod
+    def fingerprint(self) -> str:
+        """Names the denoiser by its weights, without reading all of them; a run keeps to one."""
+
+    @abstractmethod
     def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(latents_facts, text_facts) without loading a model."""
 

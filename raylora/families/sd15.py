@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raylora.base.encoder import Encoder
 from raylora.base.errors import WeightsError
+from raylora.base.fingerprint import file_fingerprint
 from raylora.base.site import Site
 from raylora.diffusion.attention import attention
 from raylora.diffusion.process import Prediction, Process
@@ -79,6 +80,10 @@ class Sd15(Family):
             if isinstance(layer, Attention):
                 layer.forward = partial(_attend, layer)
         return unet.requires_grad_(False).eval()
+
+    def fingerprint(self) -> str:
+        """Of the UNet's file, wherever it lies."""
+        return file_fingerprint(_weights_file(self.folder / "unet", "diffusion_pytorch_model"))
 
     def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Names the VAE and the text encoder by the bytes of their files."""

@@ -11,7 +11,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raylora.assemble import Datasets, claim, finish, make_run, open_family, open_store
+from raylora.assemble import Datasets, claim, finish, make_run, open_family, open_store, settle
 from raylora.base.errors import RayloraError, TrainingError, UserError
 from raylora.base.log import start_logging
 from raylora.check import Checked
@@ -26,7 +26,7 @@ from raylora.training.report import Sink
 
 
 def train_on_ray(
-    checked: Checked, *, extend: bool = False, sinks: Sequence[Sink] = ()
+    checked: Checked, *, extend: bool = False, moved: bool = False, sinks: Sequence[Sink] = ()
 ) -> dict[str, Any]:
     """Cache, train and finish a checked job on the connected cluster.
 
@@ -38,10 +38,13 @@ def train_on_ray(
         TrainingError: the fleet failed more often than fleet.max_failures allows.
     """
     job = checked.job
-    storage, done = claim(job, extend=extend)
-    if done is not None:
+    storage, done = claim(job, extend=extend, moved=moved)
+    if done is not None and not moved:
         return done
     datasets = prepare_on_ray(checked)
+    settle(job, storage, checked.family, datasets)
+    if done is not None:
+        return done
     held = ray.put(datasets)
     with Progress(sinks) as progress:
         trainer = TorchTrainer(

@@ -2,7 +2,7 @@
 
     checkpoints/<step>/adapter.safetensors   the LoRA file
     checkpoints/<step>/state.safetensors     flat values and optimizer state, exact
-    checkpoints/<step>/state.json            step, dataset, shares, whether it was validated
+    checkpoints/<step>/state.json            step, fingerprints of data and base, shares
     checkpoints/<step>/manifest.json         sizes and hashes; put last, and only once
 
 A checkpoint without a manifest does not exist. Its objects may be written again by the next try.
@@ -21,11 +21,25 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from raylora.base.errors import MissingObject
+from raylora.base.errors import MissingObject, TrainingError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage
 
 log = get_logger("save")
+
+FORMAT = 1
+"""Of `state.json` and what is beside it; raised when an older raylora could not go on from it."""
+CONTENT = {
+    "dataset": "the images or captions are not those",
+    "held_out": "the held-out images or captions are not those",
+    "base": "the base's weights are not those",
+}
+"""Facts that name what a run is trained on, and how to say that one differs."""
+
+
+def changed(word: str, step: int) -> str:
+    """The sentence for a fact of `CONTENT` that differs from a checkpoint's."""
+    return f"{CONTENT[word]} that this run was trained on up to step {step}."
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,8 @@ class State:
     Attributes:
         step: global steps done.
         tensors: `values`, and the optimizer's tensors as `optimizer/<name>`.
-        facts: what is not a tensor: the dataset's fingerprint, the shares, the attempt.
+        facts: what is not a tensor: fingerprints of `CONTENT`, the shares, whether the step was
+            looked at.
     """
 
     step: int
@@ -76,7 +91,9 @@ def write_checkpoint(storage: Storage, state: State, adapter_file: bytes) -> Non
         "state.safetensors": save_tensors(
             {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
         ),
-        "state.json": json.dumps({"step": state.step, **state.facts}, sort_keys=True).encode(),
+        "state.json": json.dumps(
+            {"format": FORMAT, "step": state.step, **state.facts}, sort_keys=True
+        ).encode(),
     }
     if storage.entry(f"{folder}/manifest.json") is not None:
         return
@@ -115,6 +132,7 @@ def read_checkpoint(storage: Storage, step: int) -> State:
     Raises:
         MissingObject: it is not there.
         ValueError: an object is not what the manifest says.
+        TrainingError: a newer raylora wrote it.
     """
     folder = _folder(step)
     manifest = json.loads(storage.read(f"{folder}/manifest.json"))
@@ -125,6 +143,11 @@ def read_checkpoint(storage: Storage, step: int) -> State:
             raise ValueError(f"{folder}/{name} does not match its manifest")
         objects[name] = data
     facts = json.loads(objects["state.json"])
+    if facts.pop("format") > FORMAT:
+        raise TrainingError(
+            f"{storage.url}/{folder} was written by a newer raylora. Install that one to go on "
+            "from it, or choose another `name`."
+        )
     return State(int(facts.pop("step")), load_tensors(objects["state.safetensors"]), facts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from raylora.base.errors import TrainingError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage
-from raylora.training.checkpoint import optimizer_tensors, read_newest, restore
+from raylora.training.checkpoint import changed, optimizer_tensors, read_newest, restore
 from raylora.training.parts import Parts
 from raylora.training.report import Reporter
 from raylora.training.sample import Previews
@@ -44,14 +44,15 @@ class Run:
 
     Attributes:
         storage: the run's folder.
-        dataset_hash: the training rows' fingerprint; a resume with other data is refused.
+        content: fingerprints of what is trained on (`checkpoint.CONTENT`); a resume with other
+            images or another base is refused.
         reporter, saver: worker 0's; None on the others.
     """
 
     parts: Parts
     course: Course
     storage: Storage
-    dataset_hash: str
+    content: Mapping[str, str]
     validation: Validation | None
     previews: Previews | None
     reporter: Reporter | None
@@ -111,11 +112,12 @@ def _resume(run: Run) -> tuple[int, bool]:
     if state is None:
         run.parts.group.copy_from_first(run.parts.adapter.values.data)
         return 0, False
-    if state.facts["dataset"] != run.dataset_hash:
-        raise TrainingError(
-            f"the images or captions changed since step {state.step} of this run, so it cannot go "
-            "on as if it had not stopped. Undo the change, or choose another `name`."
-        )
+    for word, fingerprint in run.content.items():
+        if state.facts[word] != fingerprint:
+            raise TrainingError(
+                f"{changed(word, state.step)} So it cannot go on as if it had not stopped. Undo "
+                "the change, or choose another `name`."
+            )
     restore(run.parts.adapter.values, run.parts.optimizer, state.tensors)
     weights = state.facts["shares"]
     if not run.parts.shares.pinned and len(weights) == run.parts.group.size:
@@ -190,7 +192,7 @@ def _save(run: Run, done: int, *, looked: bool) -> None:
         # Rows first: a checkpoint that exists has its metrics beside it.
         run.reporter.flush()
         facts: dict[str, Any] = {
-            "dataset": run.dataset_hash,
+            **run.content,
             "shares": run.parts.shares.weights,
             "looked": looked,
         }

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from raylora.base.errors import JobError
+from raylora.base.errors import JobError, TrainingError
 from raylora.base.storage import Storage
+from raylora.training.checkpoint import changed, read_newest
 
-FREE_SECTIONS = ("store", "fleet", "memory", "log", "preview")
-"""Sections that may change between two attempts: they never change what is trained."""
+FREE = (
+    *("store", "fleet", "memory", "log", "preview"),
+    *("data.cache", "data.local_cache_gib", "data.max_bad"),
+)
+"""Sections and options that may change between two attempts: they never change what is trained."""
+PLACES = ("family.weights", "data.folder", "validation.folder")
+"""Where things lie. They may move when a person says so; what lies there is compared by content."""
 
 
-def claim_run(storage: Storage, job: Mapping[str, Any], *, name: str, extend: bool) -> None:
+def claim_run(
+    storage: Storage, job: Mapping[str, Any], *, name: str, extend: bool, moved: bool
+) -> None:
     """Take the run's name for this job, or find that it is this job's already.
 
     Args:
         job: the whole job as plain data.
         extend: the person asked to go on past the end of the finished run.
+        moved: the person said that images or base only lie elsewhere now.
 
     Raises:
         JobError: another job has the name (the message says what differs), or the run would be
@@ -33,32 +46,94 @@ def claim_run(storage: Storage, job: Mapping[str, Any], *, name: str, extend: bo
     differing = [
         (path, old, new)
         for path, old, new in _differences(held, dict(job))
-        if path.split(".")[0] not in FREE_SECTIONS
+        if not path.startswith(tuple(f"{word}." for word in FREE)) and path not in FREE
     ]
-    if not differing:
-        return
-    longer = all(_is_longer(*difference) for difference in differing)
-    if longer and extend:
-        # First, so that a run stopped on its way to the new end does not pass for a finished one.
-        storage.delete("result.json")
-        storage.write("job.yaml", text.encode())
+    places = [difference for difference in differing if difference[0] in PLACES]
+    others = [difference for difference in differing if difference[0] not in PLACES]
+    longer = bool(others) and all(_is_longer(*difference) for difference in others)
+    if (moved or not places) and ((longer and extend) or not others):
+        if longer:
+            # First, so that a run stopped on its way to the new end does not pass for a finished.
+            storage.delete("result.json")
+        if longer and not places:
+            storage.write("job.yaml", text.encode())
         return
     shown = "; ".join(f"{path} was {old!r}, is {new!r}" for path, old, new in differing[:5])
     more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-    advice = (
-        "To go on past its end, add --extend."
-        if longer
-        else "Choose another `name`, or undo the change to resume."
-    )
     raise JobError(
-        f"name: the run {name!r} in {storage.url} is another job: {shown}{more}. {advice}"
+        f"name: the run {name!r} in {storage.url} is another job: {shown}{more}. "
+        f"{_advice(places=bool(places), longer=longer, others=bool(others))}"
     )
 
 
-def next_attempt(storage: Storage) -> int:
-    """1 for a new run; one more than any attempt that wrote an event."""
-    names = [entry.key.rsplit("/", 1)[-1] for entry in storage.entries("events")]
-    return 1 + max((int(name.split("-")[0]) for name in names), default=0)
+def settle_move(storage: Storage, job: Mapping[str, Any], content: Mapping[str, str]) -> None:
+    """Write the job's new places into the run, once what lies there is what was trained on.
+
+    Args:
+        content: fingerprints of what lies there now, as the checkpoints' facts hold them.
+
+    Raises:
+        JobError: it is something else than the newest checkpoint was trained on.
+    """
+    held = yaml.safe_load(storage.read("job.yaml"))
+    if not any(path in PLACES for path, _, _ in _differences(held, dict(job))):
+        return
+    state = read_newest(storage)
+    wrong = [word for word in content if state and state.facts[word] != content[word]]
+    if state and wrong:
+        raise JobError(f"--moved: {changed(wrong[0], state.step)} Choose another `name`.")
+    storage.write("job.yaml", yaml.safe_dump(dict(job), sort_keys=False).encode())
+
+
+def _advice(*, places: bool, longer: bool, others: bool) -> str:
+    if others and not longer:
+        return "Choose another `name`, or undo the change to resume."
+    if not places:
+        return "To go on past its end, add --extend."
+    extend = "--extend and " if longer else ""
+    return (
+        f"If they only moved, add {extend}--moved: their content is compared. Otherwise choose "
+        "another `name`."
+    )
+
+
+def claim_attempt(storage: Storage) -> int:
+    """Number this start of the run, 1 for the first; leaves who it is in `attempts/`.
+
+    Whoever starts last has the run: the one before notices at its next save (`still_ours`).
+    """
+    names = [
+        entry.key.rsplit("/", 1)[-1]
+        for folder in ("attempts", "events")
+        for entry in storage.entries(folder)
+    ]
+    attempt = 1 + max((int(re.split("[-.]", name)[0]) for name in names), default=0)
+    who = {"host": socket.gethostname(), "process": os.getpid(), "began": round(time.time(), 3)}
+    while not storage.create(_attempt(attempt), json.dumps(who).encode()):
+        attempt += 1
+    return attempt
+
+
+def still_ours(storage: Storage, attempt: int) -> None:
+    """Refuse to go on where a later attempt has taken the run.
+
+    Two that write one run's checkpoints could mix their files.
+
+    Raises:
+        TrainingError: names the other's host and process.
+    """
+    if storage.entry(_attempt(attempt + 1)) is None:
+        return
+    who = json.loads(storage.read(_attempt(attempt + 1)))
+    raise TrainingError(
+        f"this run in {storage.url} was started again by process {who['process']} on "
+        f"{who['host']}, which has it now; this one (attempt {attempt}) saves no more. Stop one of "
+        "two that are meant to be one, or give them two names."
+    )
+
+
+def _attempt(number: int) -> str:
+    return f"attempts/{number:04d}.json"
 
 
 def finished_steps(storage: Storage) -> int | None:

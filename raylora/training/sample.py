@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
+from raylora.base.log import get_logger
 from raylora.base.storage import Storage
 from raylora.families import Family, Renderer
 from raylora.preview.options import PreviewOptions
 from raylora.preview.renderer import draw_preview, png_bytes
 from raylora.training.parts import Parts
+
+log = get_logger("sample")
 
 
 class Previews:
@@ -22,18 +27,28 @@ class Previews:
         self._renderer: Renderer | None = None
 
     def draw(self, parts: Parts, step: int) -> None:
-        """Draw this worker's prompts of the round that are not stored yet, and wait for all."""
+        """Draw this worker's prompts of the round that are not stored yet, and wait for all.
+
+        A picture that does not fit into memory is left out, with a warning: no run ends for it.
+        """
+        for number in range(parts.group.rank, len(self.options.prompts), parts.group.size):
+            if self._storage.entry(sample_key(step, number)) is not None:
+                continue
+            try:
+                self._draw(parts, step, number)
+            except torch.OutOfMemoryError:
+                log.warning(
+                    "step %d: preview %d (%d x %d) does not fit into memory and is left out",
+                    *(step, number, self.options.width, self.options.height),
+                )
+        parts.group.barrier()
+
+    def _draw(self, parts: Parts, step: int, number: int) -> None:
         if self._renderer is None:
             self._renderer = self._family.load_renderer(parts.denoiser)
-        for number in range(parts.group.rank, len(self.options.prompts), parts.group.size):
-            key = sample_key(step, number)
-            if self._storage.entry(key) is None:
-                prompt = self.options.prompts[number]
-                picture = draw_preview(
-                    self._renderer, self._family, self.options, prompt, number=number
-                )
-                self._storage.write(key, png_bytes(picture))
-        parts.group.barrier()
+        prompt = self.options.prompts[number]
+        picture = draw_preview(self._renderer, self._family, self.options, prompt, number=number)
+        self._storage.write(sample_key(step, number), png_bytes(picture))
 
 
 def sample_key(step: int, number: int) -> str:

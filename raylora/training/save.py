@@ -14,6 +14,7 @@ from raylora.base.storage import Storage
 from raylora.networks import NetworkOptions
 from raylora.training.checkpoint import State, optimizer_tensors, prune, write_checkpoint
 from raylora.training.parts import Parts
+from raylora.training.run_folder import still_ours
 
 
 class Saver:
@@ -26,6 +27,7 @@ class Saver:
         metadata: step -> the file's header.
         prover: reads each file back independently; None where a caller measures speed alone.
         keep_last: checkpoints that stay; None keeps all.
+        attempt: of this process; where a later one has taken the run, nothing is saved.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Saver:
         metadata: Callable[[int], Mapping[str, str]],
         prover: ExportProver | None,
         keep_last: int | None,
+        attempt: int,
     ) -> None:
         self._storage = storage
         self._network = network
@@ -44,12 +47,19 @@ class Saver:
         self._metadata = metadata
         self._prover = prover
         self._keep_last = keep_last
+        self._attempt = attempt
 
     def save(self, parts: Parts, step: int, facts: dict[str, Any]) -> ProofReport | None:
-        """Write and prove the checkpoint of `step` steps; ExportError when the proof fails."""
+        """Write and prove the checkpoint of `step` steps.
+
+        Raises:
+            ExportError: the proof fails.
+            TrainingError: a later attempt has taken the run.
+        """
         file = self.file(parts, step)
         report = self._prover.prove(file, self._expected(parts)) if self._prover else None
         tensors = {"values": parts.adapter.values.detach(), **optimizer_tensors(parts.optimizer)}
+        still_ours(self._storage, self._attempt)
         write_checkpoint(self._storage, State(step, tensors, facts), file)
         if self._keep_last is not None:
             prune(self._storage, self._keep_last)

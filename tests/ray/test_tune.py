@@ -79,7 +79,7 @@ def test_a_campaign_resumes_stops_and_ranks_its_trials(
         ("rates-002", "failed", 0),
     ]
     assert board["trials"][0]["validation"] < board["trials"][1]["validation"]
-    assert "images or captions changed" in board["trials"][2]["error"]
+    assert "images or captions are not those" in board["trials"][2]["error"]
     assert board["trials"][1]["adapter"] == f"{bad.storage.url}/checkpoints/000002/{ADAPTER}"
     events = [row["event"] for row in read_segments(good.storage, "events")]
     assert "resumed" in events

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -16,10 +17,10 @@ from children import Child
 from conftest import MakeJob
 from small import final_state, open_run, saved_file, train_small
 
-from raylora.assemble import open_store
+from raylora.assemble import claim, open_store
 from raylora.base.errors import JobError, TrainingError
 from raylora.base.segments import read_segments
-from raylora.job import Job
+from raylora.job import Job, with_overrides
 from raylora.local import train
 from raylora.training.checkpoint import checkpoint_steps
 from raylora.training.loop import Outcome, run_training
@@ -169,27 +170,64 @@ def test_a_finished_run_goes_on_when_more_is_asked_for_by_name(make_job: MakeJob
 
 
 def train_part_of_extension(job: Job, steps: int) -> None:
-    from raylora.assemble import claim
-
     assert claim(job, extend=True)[1] is None
     train_part(job, steps)
 
 
-def test_other_images_than_were_trained_on_are_refused(make_job: MakeJob):
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("dataset", "the images or captions are not those that this run was trained on up to"),
+        ("held_out", "the held-out images or captions are not those"),
+        ("base", "the base's weights are not those"),
+    ],
+)
+def test_what_a_run_was_not_trained_on_is_refused(make_job: MakeJob, word: str, said: str):
     job = make_job(training__steps=2)
     train_part(job, 1)
     run = open_run(job)
-    run.dataset_hash = "another"
-    with pytest.raises(TrainingError, match="images or captions changed since step 1 of this run"):
+    run.content = {**run.content, word: "another"}
+    with pytest.raises(TrainingError, match=said):
         run_training(run)
     run.close()
+
+
+def test_a_run_goes_on_where_images_and_base_were_moved_to(make_job: MakeJob, tmp_path: Path):
+    job = make_job(training__steps=2)
+    claim(job)
+    train_part(job, 1)
+    for old, new in ((job.data.folder, "images"), (job.family.weights, "base")):
+        shutil.copytree(old, tmp_path / new)
+    there = with_overrides(
+        job,
+        {"data.folder": str(tmp_path / "images"), "family.weights": str(tmp_path / "base")},
+    )
+    with pytest.raises(JobError, match="add --moved"):
+        train_small(there)
+    assert train(there, moved=True, prove=False)["steps"] == 2
+    with pytest.raises(JobError, match="add --moved"):
+        train_small(job)
+    assert train(job, moved=True, prove=False)["already_done"]
+    assert train_small(job)["already_done"]
+
+
+def test_a_run_that_was_started_again_elsewhere_saves_no_more(make_job: MakeJob):
+    job = make_job(training__steps=2, training__save_every_steps=1)
+    run = open_run(job, report=True)
+    later = open_run(job, report=True)
+    with pytest.raises(TrainingError, match="was started again by process"):
+        run_training(run)
+    run.close()
+    run_training(later)
+    later.close()
+    assert checkpoint_steps(open_store(job)) == [1, 2]
 
 
 def test_a_changed_caption_is_another_data_set(make_job: MakeJob, one_icon: str):
     job = make_job(data__folder=one_icon, training__steps=2, training__images_per_step=1)
     train_part(job, 1)
     Path(one_icon, "alien.txt").write_text("something else")
-    with pytest.raises(TrainingError, match="images or captions changed"):
+    with pytest.raises(TrainingError, match="images or captions are not those"):
         train_small(job)
 
 

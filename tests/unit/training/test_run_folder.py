@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
 
-from raylora.base.errors import JobError
+from raylora.base.errors import JobError, TrainingError
 from raylora.base.segments import SegmentWriter
 from raylora.base.storage import Storage, open_storage
-from raylora.training.run_folder import claim_run, finished_steps, next_attempt
+from raylora.training.checkpoint import State, write_checkpoint
+from raylora.training.run_folder import (
+    claim_attempt,
+    claim_run,
+    finished_steps,
+    settle_move,
+    still_ours,
+)
 
 JOB = {
     "name": "cats",
     "store": "here",
     "network": {"rank": 8, "alpha": None},
+    "data": {"folder": "images", "cache": None, "max_bad": 0.1},
     "training": {"steps": 10, "epochs": None, "seed": 0},
     "fleet": {"workers": 1},
     "memory": {"max_micro_batch": 8},
@@ -32,8 +42,10 @@ def job(**sections: object) -> dict[str, object]:
     return changed
 
 
-def claim(storage: Storage, given: dict[str, object], *, extend: bool = False) -> None:
-    claim_run(storage, given, name="cats", extend=extend)
+def claim(
+    storage: Storage, given: dict[str, object], *, extend: bool = False, moved: bool = False
+) -> None:
+    claim_run(storage, given, name="cats", extend=extend, moved=moved)
 
 
 def held(storage: Storage) -> object:
@@ -75,6 +87,7 @@ def test_what_changes_no_result_may_change(here: Storage, section: str):
     claim(here, JOB)
     claim(here, job(**{section: {"other": 5}}))
     claim(here, job(store="moved"))
+    claim(here, job(data={"cache": "/scratch", "max_bad": 0.5}))
 
 
 def test_more_steps_are_asked_for_by_name(here: Storage):
@@ -116,8 +129,58 @@ def test_an_extension_changes_nothing_else(here: Storage):
         claim(here, job(training={"steps": 20, "seed": 1}), extend=True)
 
 
-def test_attempts_count_those_that_said_something(storage: Storage):
-    assert next_attempt(storage) == 1
-    for attempt in (1, 2):
-        SegmentWriter(storage, "events", attempt=attempt, every_seconds=0.0).add({"event": "x"})
-    assert next_attempt(storage) == 3
+def test_attempts_are_numbered_one_after_the_other(storage: Storage):
+    assert claim_attempt(storage) == 1
+    assert claim_attempt(storage) == 2
+    SegmentWriter(storage, "events", attempt=4, every_seconds=0.0).add({"event": "x"})
+    assert claim_attempt(storage) == 5
+
+
+def test_two_that_start_at_once_are_two_attempts(storage: Storage):
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda _: claim_attempt(storage), range(8)))
+    assert sorted(taken) == list(range(1, 9))
+
+
+def test_whoever_started_last_has_the_run(storage: Storage):
+    first = claim_attempt(storage)
+    still_ours(storage, first)
+    second = claim_attempt(storage)
+    with pytest.raises(TrainingError, match=rf"again by process {os.getpid()} on .*attempt 1"):
+        still_ours(storage, first)
+    still_ours(storage, second)
+
+
+ELSEWHERE = {"folder": "elsewhere"}
+CONTENT = {"dataset": "d1", "held_out": "none", "base": "b1"}
+
+
+def test_another_place_is_refused_unless_the_person_says_that_it_moved(here: Storage):
+    claim(here, JOB)
+    with pytest.raises(JobError, match=r"data\.folder was .* add --moved"):
+        claim(here, job(data=ELSEWHERE))
+    with pytest.raises(JobError, match="add --extend and --moved"):
+        claim(here, job(data=ELSEWHERE, training={"steps": 20}))
+    with pytest.raises(JobError, match="Choose another `name`, or undo"):
+        claim(here, job(data=ELSEWHERE, training={"seed": 3}), moved=True)
+    claim(here, job(data=ELSEWHERE), moved=True)
+    assert held(here) == JOB  # not before what lies there was compared
+
+
+def test_a_move_is_settled_when_the_content_is_what_was_trained_on(here: Storage):
+    claim(here, JOB)
+    facts = {**CONTENT, "shares": [1.0], "looked": True}
+    write_checkpoint(here, State(3, {}, facts), b"")
+    moved = job(data=ELSEWHERE)
+    with pytest.raises(JobError, match=r"base's weights are not those .* up to step 3"):
+        settle_move(here, moved, {**CONTENT, "base": "b2"})
+    assert held(here) == JOB
+    settle_move(here, moved, CONTENT)
+    assert held(here) == moved
+    claim(here, moved)
+
+
+def test_a_run_that_has_saved_nothing_may_move_anywhere(here: Storage):
+    claim(here, JOB)
+    settle_move(here, job(data=ELSEWHERE), {**CONTENT, "dataset": "d2"})
+    assert held(here) == job(data=ELSEWHERE)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import MakeJob
 from PIL import Image
 from small import open_run
@@ -51,6 +52,25 @@ def test_prompts_are_divided_and_what_is_stored_is_not_drawn_again(make_job: Mak
         *(sample_key(5, number) for number in range(3)),
         sample_key(6, 1),
     ]
+
+
+def test_a_preview_that_does_not_fit_is_left_out_and_the_next_is_drawn(
+    make_job: MakeJob, caplog: pytest.LogCaptureFixture
+):
+    class Large(Renders):
+        def render(self, prompt: str, *, latents: Any, **_: Any) -> np.ndarray:
+            if prompt == PROMPTS[1]:
+                raise torch.OutOfMemoryError("the card is full")
+            return super().render(prompt, latents=latents)
+
+    run = open_run(make_job(preview__prompts=PROMPTS))
+    assert run.previews
+    run.previews._renderer = Large()
+    run.previews.draw(run.parts, 5)
+    run.close()
+    drawn = [entry.key for entry in run.storage.entries("samples")]
+    assert drawn == [sample_key(5, 0), sample_key(5, 2)]
+    assert "step 5: preview 1 (64 x 64) does not fit into memory and is left out" in caplog.text
 
 
 @pytest.mark.slow

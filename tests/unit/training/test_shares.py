@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylora.training.shares import HYSTERESIS, Shares, split
+from raylora.training.shares import HOPE, HYSTERESIS, Shares, split
 
 weights = st.lists(st.floats(0, 1e6), min_size=1, max_size=9).filter(lambda held: sum(held) > 1e-6)
 counts = st.integers(0, 500)
@@ -73,10 +73,28 @@ def test_pinned_shares_never_move():
     assert shares.weights == [3.0, 1.0]
 
 
-def test_where_a_worker_had_nothing_to_do_the_shares_stay():
-    shares = Shares(2)
-    assert not shares.refit([30.0, 0.0])
-    assert shares.weights == [0.5, 0.5]
+def test_a_worker_of_unknown_speed_is_taken_for_the_fastest():
+    shares = Shares(3)
+    assert shares.refit([30.0, 0.0, 15.0])
+    assert shares.weights == [0.4, 0.4, 0.2]
+    assert not Shares(2).refit([0.0, 0.0])
+
+
+def test_a_worker_that_was_slow_for_a_while_gets_images_again():
+    workers = [Shares(2), Shares(2)]
+    speeds = [40.0, 0.5]
+    counts = []
+    for interval in range(60):
+        speeds[1] = 0.5 if interval < 5 else 40.0
+        for rank, shares in enumerate(workers):
+            held = range(4)[shares.mine(rank, 4)]
+            shares.note(len(held), len(held) / speeds[rank])
+        counts.append(split(4, workers[0].weights)[1])
+        taken = [shares.take_speed() for shares in workers]
+        for shares in workers:
+            shares.refit(taken)
+    assert 0 in counts
+    assert counts[-1] == 2
 
 
 def test_a_speed_is_taken_over_all_that_was_noted_since_the_last_time():
@@ -85,4 +103,9 @@ def test_a_speed_is_taken_over_all_that_was_noted_since_the_last_time():
     shares.note(4, 1.0)
     shares.note(2, 3.0)
     assert shares.take_speed() == pytest.approx(1.5)
-    assert shares.take_speed() == 0.0
+
+
+def test_without_images_the_last_known_speed_rises_slowly():
+    shares = Shares(2)
+    shares.note(4, 1.0)
+    assert [shares.take_speed() for _ in range(3)] == pytest.approx([4.0, 4 * HOPE, 4 * HOPE**2])
