@@ -48,6 +48,7 @@ from raylora.training.run_folder import (
 from raylora.training.sample import Previews
 from raylora.training.save import Saver
 from raylora.training.shares import Shares
+from raylora.training.sums import ExactSums, RoundedSums
 from raylora.training.validate import Validation
 
 log = get_logger("train")
@@ -256,6 +257,10 @@ def _make_parts(
         network, job.network, sites, seed=job.training.seed, dtype=exact, device=device
     )
     steps = family.process.steps
+    exact_sums = job.training.sums == "exact"
+    if exact_sums and device.type == "cpu":
+        # More threads cut a layer's own sums into other pieces.
+        torch.set_num_threads(max(1, int(job.fleet.cpus_per_worker)))
     return Parts(
         denoiser=denoiser,
         attachment=Attachment(denoiser, family.component, adapter),
@@ -270,7 +275,8 @@ def _make_parts(
         loader=loader,
         group=group,
         shares=shares,
-        micro_batch=job.memory.max_micro_batch,
+        sums=ExactSums(adapter) if exact_sums else RoundedSums(adapter),
+        micro_batch=1 if exact_sums else job.memory.max_micro_batch,
         seed=job.training.seed,
         timesteps=(job.training.min_timestep, job.training.max_timestep or steps),
         dtype=dtype,

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from raylora.base.options import Options
 from raylora.data.source import DataOptions
 
+MOST_EXACT_IMAGES = 2**11 - 1
+"""Images a step that 64-bit sums hold."""
+
 
 class TrainingOptions(Options):
     """How long, from which seed, how exact."""
@@ -24,6 +27,10 @@ class TrainingOptions(Options):
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Arithmetic of the base and the activations, one choice for the whole fleet; the adapter and
     the optimizer stay in fp32 (fp64 in fp64, which is for tests)."""
+    sums: Literal["fast", "exact"] = "fast"
+    """fast: workers, shares and micro-batches change the rounding, which training amplifies. exact:
+    images go through one at a time and are added in 64-bit integers, so any number of workers on
+    machines of one kind computes the same bits; slower where micro-batches would help."""
     min_timestep: int = Field(0, ge=0)
     """Lowest timestep that is drawn."""
     max_timestep: int | None = Field(None, ge=1)
@@ -32,6 +39,15 @@ class TrainingOptions(Options):
     """Global steps between checkpoints; null saves only at the end."""
     keep_last: int | None = Field(None, ge=1)
     """How many checkpoints stay; null keeps all."""
+
+    @model_validator(mode="after")
+    def _exact_fits(self) -> Self:
+        if self.sums == "exact" and self.images_per_step > MOST_EXACT_IMAGES:
+            raise ValueError(
+                f"training.sums: exact adds at most {MOST_EXACT_IMAGES} images a step, and "
+                f"training.images_per_step is {self.images_per_step}. Lower it, or choose fast."
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -15,6 +15,7 @@ from raylora.diffusion.process import Process
 from raylora.training.loader import Loader
 from raylora.training.reduce import Group
 from raylora.training.shares import Shares
+from raylora.training.sums import Sums
 
 log = get_logger("train")
 
@@ -31,6 +32,7 @@ class Parts:
         loss: (prediction, target, timesteps) -> (B,).
         factor: global step -> factor on the learning rate.
         loader: the samples of each step, and their cached tensors.
+        sums: how gradients and losses are added up.
         micro_batch: images at once; out of memory halves it.
         dtype: of activations; losses and the adapter are in `adapter.values.dtype`.
         timesteps: range [low, high) that is drawn from.
@@ -49,6 +51,7 @@ class Parts:
     loader: Loader
     group: Group
     shares: Shares
+    sums: Sums
     micro_batch: int
     seed: int
     timesteps: tuple[int, int]

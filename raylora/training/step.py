@@ -45,15 +45,13 @@ def train_step(parts: Parts, step: int, *, stop: bool = False) -> StepResult:
     began = time.perf_counter()
     samples, tensors, images = parts.loader.take(step)
     fetched = time.perf_counter()
-    loss_sum = accumulate(parts, step, samples, tensors)
+    accumulate(parts, step, samples, tensors)
     if parts.device.type == "cuda" and parts.group.size > 1:
         torch.cuda.synchronize(parts.device)  # so that the seconds are this worker's own
     computed = time.perf_counter()
 
-    gradients = parts.adapter.gradients
-    told = torch.cat([gradients, loss_sum.view(1), gradients.new_tensor([float(stop)])])
-    parts.group.add_up(told)
-    gradients.copy_(told[:-2]).div_(images)
+    loss_sum, leaving = parts.sums.add_up(parts.group, stop=stop)
+    gradients = parts.adapter.gradients.div_(images)
     gradient_norm = torch.linalg.vector_norm(gradients)
     if parts.max_grad_norm > 0:
         gradients.mul_((parts.max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0))
@@ -62,33 +60,32 @@ def train_step(parts: Parts, step: int, *, stop: bool = False) -> StepResult:
     parts.optimizer.step()
 
     return StepResult(
-        loss=told[-2] / images,
+        loss=loss_sum / images,
         gradient_norm=gradient_norm,
         images=images,
         my_images=len(samples),
         my_seconds=computed - fetched,
         wait_seconds=fetched - began,
-        stop=(parts.group.size == 1 and stop) or (parts.group.size > 1 and bool(told[-1])),
+        stop=bool(leaving) if parts.group.size > 1 else stop,  # alone, the device is not asked
     )
 
 
 def accumulate(
     parts: Parts, step: int, samples: Sequence[SampleRef], tensors: Sequence[Tensors]
-) -> Tensor:
-    """Sum this worker's losses and gradients; out of memory halves the micro-batch and replays.
+) -> None:
+    """Take this worker's losses and gradients; out of memory halves the micro-batch and replays.
 
     Everything drawn depends on (seed, step, sample) alone, so the replay is the same step.
     """
     while True:
-        parts.adapter.gradients.zero_()
-        loss_sum = parts.adapter.gradients.new_zeros(())
+        parts.sums.begin()
         try:
             for mates, batch in micro_batches(samples, tensors, parts.micro_batch):
                 numbers = [sample.number for sample in mates]
                 losses = sample_losses(parts, batch, numbers, step)
                 losses.sum().backward()
-                loss_sum += losses.detach().sum()
-            return loss_sum
+                parts.sums.take(losses)
+            return
         except torch.OutOfMemoryError:
             if parts.micro_batch == 1:
                 raise

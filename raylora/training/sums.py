@@ -1,0 +1,99 @@
+"""Adding up a step: over a worker's micro-batches, then over workers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raylora.adapt.attach import Adapter
+from raylora.training.options import MOST_EXACT_IMAGES
+from raylora.training.reduce import Group
+
+
+class Sums(Protocol):
+    """The sum of a step's gradients and losses.
+
+    `begin`, then `take` after each micro-batch's backward, then `add_up` once, on every worker.
+    """
+
+    def begin(self) -> None:
+        """Forget what was taken; the adapter's gradients are zero."""
+
+    def take(self, losses: Tensor) -> None:
+        """Take (B,) losses, and what their backward left in the adapter's gradients."""
+
+    def add_up(self, group: Group, *, stop: bool) -> tuple[Tensor, Tensor]:
+        """Leave the sum over workers in the adapter's gradients; (loss sum, how many said stop)."""
+
+
+class RoundedSums:
+    """Sums in the adapter's dtype: the fastest, and rounded in the order of the additions."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._gradients = adapter.gradients
+        self._loss = self._gradients.new_zeros(())
+
+    def begin(self) -> None:
+        """Zero both."""
+        self._gradients.zero_()
+        self._loss.zero_()
+
+    def take(self, losses: Tensor) -> None:
+        """Autograd has added to the gradients already."""
+        self._loss += losses.detach().sum()
+
+    def add_up(self, group: Group, *, stop: bool) -> tuple[Tensor, Tensor]:
+        """One sum over workers."""
+        flag = self._gradients.new_tensor([float(stop)])
+        told = torch.cat([self._gradients, self._loss.view(1), flag])
+        group.add_up(told)
+        self._gradients.copy_(told[:-2])
+        return told[-2], told[-1]
+
+
+FRACTION_BITS = 44
+"""Bits after the point: steps of 6e-14, far below the 1e-8 that Adam adds to a root."""
+_LARGEST = 256.0
+"""Of one image's numbers; real gradients of an image are below 1."""
+assert MOST_EXACT_IMAGES * _LARGEST * 2**FRACTION_BITS < 2**63
+
+
+class ExactSums:
+    """Sums in 64-bit integers: the same bits in any order and over any number of workers.
+
+    Each image's gradients are rounded once, to multiples of 2^-44, and integers add without
+    rounding. So images must come one at a time: within a batch the layers themselves add. A value
+    that is not finite, or not below 256, makes the whole sum NaN. Steps of up to
+    `MOST_EXACT_IMAGES` fit into 64 bits.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._gradients = adapter.gradients
+        count = len(self._gradients) + 3  # the loss, how many are broken, how many stop
+        self._told = torch.zeros(count, dtype=torch.int64, device=self._gradients.device)
+
+    def begin(self) -> None:
+        """Zero both."""
+        self._gradients.zero_()
+        self._told.zero_()
+
+    def take(self, losses: Tensor) -> None:
+        """Move one image's gradients and loss into the integers."""
+        found = torch.cat([self._gradients, losses.detach().to(self._gradients.dtype)])
+        sound = (found.abs() < _LARGEST).all()  # False for NaN too
+        # Scaling by a power of two rounds nothing, in whatever dtype.
+        whole = torch.where(sound, found, 0).mul_(2.0**FRACTION_BITS).round_()
+        self._told[:-2] += whole.to(torch.int64)
+        self._told[-2] += ~sound
+        self._gradients.zero_()
+
+    def add_up(self, group: Group, *, stop: bool) -> tuple[Tensor, Tensor]:
+        """One sum over workers, and back."""
+        self._told[-1] = int(stop)
+        group.add_up(self._told)
+        summed = self._told[:-2].to(self._gradients.dtype).mul_(2.0**-FRACTION_BITS)
+        summed.masked_fill_(self._told[-2] > 0, torch.nan)
+        self._gradients.copy_(summed[:-1])
+        return summed[-1], self._told[-1]
