@@ -31,6 +31,7 @@ def small_job(store: str, **overrides: Any) -> Job:
         "training.steps": 6,
         "training.images_per_step": 4,
         "training.save_every_steps": None,
+        "training.sums": "fast",
         "schedule.warmup_steps": 2,
         "fleet.workers": 1,
     }
