@@ -25,6 +25,7 @@ from raylora.training.parts import Parts
 from raylora.training.reduce import Alone
 from raylora.training.shares import Shares
 from raylora.training.step import train_step
+from raylora.training.sums import RoundedSums
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train"
 RECORDED: dict[str, Any] = json.loads((GOLDEN / "train.json").read_text())
@@ -113,6 +114,7 @@ def parts_of(family: Sd15, dtype: torch.dtype, micro_batch: int = 2) -> Parts:
         loader=FixedBatches(),  # type: ignore[arg-type]
         group=Alone(),
         shares=Shares(1),
+        sums=RoundedSums(adapter),
         micro_batch=micro_batch,
         seed=0,
         timesteps=(0, 1000),
