@@ -13,6 +13,7 @@ from faultproxy import FaultProxy
 from small import final_state, saved_file, small_job, train_small
 
 from raylora.assemble import open_store
+from raylora.base.segments import read_segments
 from raylora.job import Job
 from raylora.training.checkpoint import checkpoint_steps
 from raylora.training.report import read_metrics
@@ -32,17 +33,29 @@ def killable(store: str, name: str) -> Job:
     )
 
 
-def kill_until_done(job: Job, moments: random.Random, kills: int) -> int:
-    """Start the job again and again, killing it at random moments; how many kills it took."""
-    done = 0
+def kill_until_done(job: Job, moments: random.Random, kills: int) -> list[int]:
+    """Start the job again and again, killing it at random moments until it ends.
+
+    A moment is some time after up to three more checkpoints than before: in the start, between
+    steps, within a save.
+
+    Returns:
+        How many checkpoints each kill left.
+    """
+    storage = open_store(job)
+    left: list[int] = []
     while True:
         child = Child(train_small, job)
-        if done < kills and child.running(moments.uniform(0.2, 2.0)):
+        wanted = len(checkpoint_steps(storage)) + moments.choice((0, 1, 1, 2, 3))
+        while len(left) < kills and len(checkpoint_steps(storage)) < wanted:
+            if not child.running(0.01):
+                break
+        if len(left) < kills and child.running(moments.uniform(0.0, 0.3)):
             child.kill()
-            done += 1
+            left.append(len(checkpoint_steps(storage)))
             continue
         child.result()
-        return done
+        return left
 
 
 def assert_same_run(resumed: Job, unbroken: Job) -> None:
@@ -69,30 +82,37 @@ def test_runs_killed_at_random_moments_end_bit_equal(
     unbroken = killable(store, "unbroken")
     Child(train_small, unbroken).result()
     moments = random.Random(5)
-    kills, runs = 0, 0
-    while kills < KILLS_PER_STORE:
+    left: list[int] = []
+    resumed, runs = 0, 0
+    while len(left) < KILLS_PER_STORE:
         runs += 1
-        resumed = killable(store, f"killed-{runs}")
-        kills += kill_until_done(resumed, moments, min(8, KILLS_PER_STORE - kills))
-        assert_same_run(resumed, unbroken)
-    print(f"{kind}: {kills} kills over {runs} runs, all bit-equal")
+        job = killable(store, f"killed-{runs}")
+        left += kill_until_done(job, moments, min(8, KILLS_PER_STORE - len(left)))
+        assert_same_run(job, unbroken)
+        events = read_segments(open_store(job), "events")
+        resumed += sum(row["event"] == "resumed" for row in events)
+    print(f"{kind}: {len(left)} kills over {runs} runs, {resumed} resumed, left {left} checkpoints")
+    # Else the kills came before anything was saved, and every start was a first one.
+    assert resumed >= KILLS_PER_STORE // 2
+    assert len(set(left)) >= 5
 
 
 @pytest.mark.slow
 def test_a_run_killed_inside_uploads_ends_bit_equal(fault_proxy: FaultProxy, s3_url: str) -> None:
     unbroken, killed = killable(s3_url, "unbroken"), killable(s3_url, "killed")
     Child(train_small, unbroken).result()
-    for pattern in ("adapter.safetensors", "state.safetensors", "manifest.json"):
-        before = checkpoint_steps(open_store(killed))
+    uploads = {4: "adapter.safetensors", 8: "state.safetensors", 12: "manifest.json"}
+    for step, pattern in uploads.items():
         holder: list[Child] = []
 
         def kill_it(*_: object, holder: list[Child] = holder) -> None:
             holder[0].process.kill()
 
-        fault_proxy.on_put(f"*/killed/checkpoints/*{pattern}", 100, kill_it)
+        fault_proxy.on_put(f"*/killed/checkpoints/{step:06d}/{pattern}", 100, kill_it)
         holder.append(Child(train_small, killed))
         holder[0].process.join(60)
         assert holder[0].process.exitcode == -9, pattern
+        before = list(range(2, step, 2))
         assert checkpoint_steps(open_store(killed)) == before, "half an upload became a checkpoint"
     Child(train_small, killed).result()
     assert_same_run(killed, unbroken)
