@@ -8,11 +8,34 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preloaded"])
+
+
+def _start_server() -> None:
+    """Start the fork server now, where it finds `preloaded`.
+
+    Python 3.11's does not get this process's sys.path, and says nothing when it cannot import.
+    """
+    CONTEXT.set_forkserver_preload(["preloaded"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [os.path.dirname(os.path.abspath(__file__)), before])
+    )
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+if multiprocessing.current_process().name == "MainProcess":
+    _start_server()
 
 
 class Child:
@@ -57,6 +80,7 @@ def _run(
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    assert "preloaded" in sys.modules, "the fork server could not import preloaded"
     try:
         send.send(("value", function(*arguments)))
     except BaseException:  # noqa: BLE001 (told to the parent, whatever it is)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from raylora.training.reduce import Alone, Group
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "jobs" / "quickstart.yaml"
+
+
+MakeJob = Callable[..., Job]
+"""`small_job` with a store of the test's own."""
 
 
 def small_job(store: str, **overrides: Any) -> Job:

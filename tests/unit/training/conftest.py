@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small import ROOT, small_job
+from small import ROOT, MakeJob, small_job
 
 from raylora.job import Job
-
-MakeJob = Callable[..., Job]
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 from children import Child
-from conftest import MakeJob
-from small import final_state, open_run, saved_file, train_small
+from small import MakeJob, final_state, open_run, saved_file, train_small
 
 from raylora.assemble import claim, open_store
 from raylora.base.errors import JobError, TrainingError

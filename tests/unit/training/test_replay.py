@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import MakeJob
-from small import open_run, train_small
+from small import MakeJob, open_run, train_small
 
 from raylora.assemble import open_store
 from raylora.base.errors import JobError, TrainingError

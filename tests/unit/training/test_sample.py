@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeJob
 from PIL import Image
-from small import open_run
+from small import MakeJob, open_run
 
 from raylora.training.reduce import Alone
 from raylora.training.sample import sample_key

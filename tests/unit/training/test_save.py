@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeJob
 from safetensors import safe_open
 from safetensors.torch import load as load_tensors
-from small import open_run
+from small import MakeJob, open_run
 from torch.testing import assert_close
 
 from raylora.adapt.keys import kohya_name

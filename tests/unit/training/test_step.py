@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeJob
-from small import final_state, open_run
+from small import MakeJob, final_state, open_run
 from torch import Tensor
 from torch.testing import assert_close
 

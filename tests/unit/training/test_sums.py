@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MakeJob
 from hypothesis import given
 from hypothesis import strategies as st
-from small import open_run
+from small import MakeJob, open_run
 from torch import Tensor
 
 from raylora.base.errors import JobError

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from children import together
-from conftest import MakeJob
-from small import open_run
+from small import MakeJob, open_run
 from torch import Tensor
 
 from raylora.base.seeds import draw_normal, sample_number
