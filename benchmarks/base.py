@@ -3,8 +3,9 @@
 Small enough for one CPU, and with every layer of the real one: 16 transformer blocks, 192 layers
 that an adapter sits on. What is measured is time; what it learns means nothing.
 
-So that nobody gains by a base of odd shape, its parts cost as in SD 1.5: encoding a picture and a
-caption takes 1.5 times the operations of the UNet's forward (SD 1.5: 1.41 at 512 px, 1.59 at 256).
+So that nobody gains by a base of odd shape, its parts cost as in SD 1.5, whose VAE and text encoder
+take 1.41 times the operations of the UNet's forward at 512 px, and 1.59 times at 256
+(`encoding_share` of its own configs).
 """
 
 from __future__ import annotations
@@ -71,6 +72,26 @@ def make_base(folder: Path) -> Path:
     shutil.copytree(TOKENIZER, folder / "tokenizer", dirs_exist_ok=True)
     (folder / "model_index.json").write_text(json.dumps(_index(), indent=2))
     return folder
+
+
+def encoding_share(folder: Path, side: int) -> float:
+    """Operations of encoding a picture of `side` pixels and a caption, per those of the UNet."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        latents, tokens = torch.empty(1, 4, side // 8, side // 8), torch.zeros(1, 77).long()
+        context = torch.empty(1, 77, unet.config.cross_attention_dim)
+        with FlopCounterMode(display=False) as encoding:
+            vae.encode(torch.empty(1, 3, side, side))
+            text(tokens)
+        with FlopCounterMode(display=False) as forward:
+            unet(latents, torch.zeros(1), context)
+    return encoding.get_total_flops() / forward.get_total_flops()
 
 
 def _index() -> dict[str, object]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from turns import Gate
+from turns import Gate, cpu_seconds
 
 from raylora.assemble import claim, make_run
 from raylora.check import Checked, check_job
@@ -51,6 +51,24 @@ def job_of(folder: Path, layers: str, steps: int, name: str) -> Job:
 def local(job: Job, gate: Gate) -> None:
     """raylora in one process."""
     train(job, sinks=[gate.sink], prove=False)
+
+
+def first(job: Job, gate: Gate) -> None:
+    """raylora's command from its start to its first step; prints the CPU seconds of that."""
+    from raylora.cli import run
+    from raylora.training import loop
+
+    step = loop.train_step
+
+    def timed(*given: Any, **more: Any) -> Any:
+        result = step(*given, **more)
+        print(cpu_seconds())
+        return result
+
+    loop.train_step = timed  # type: ignore[assignment]
+    file = Path(job.store).parent / "first.yaml"
+    file.write_text(job.model_dump_json())
+    run(["train", str(file), "--local"])
 
 
 def on_ray(job: Job, gate: Gate) -> None:
@@ -153,7 +171,8 @@ def main(arguments: Sequence[str]) -> None:
     way, folder, layers, steps, *rest, name, address = arguments
     gate = Gate(name, address)
     job = job_of(Path(folder), layers, int(steps), f"{name}-{os.getpid()}")
-    {"local": local, "ray": on_ray, "bare": bare, "example": example}[way](job, gate, *rest)
+    ways = {"first": first, "local": local, "ray": on_ray, "bare": bare, "example": example}
+    ways[way](job, gate, *rest)
 
 
 if __name__ == "__main__":
