@@ -43,6 +43,11 @@ class FleetOptions(Options):
             return self.workers
         return sum(kind.count for kind in self.workers)
 
+    @property
+    def threads(self) -> int:
+        """Threads of a worker that trains on CPUs."""
+        return max(1, int(self.cpus_per_worker))
+
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
         if self.count < 1:

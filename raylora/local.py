@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from raylora.assemble import (
@@ -16,6 +16,7 @@ from raylora.assemble import (
 )
 from raylora.base.encoder import Encoder
 from raylora.base.errors import TrainingError
+from raylora.base.storage import Storage
 from raylora.check import Checked, check_job
 from raylora.data.dataset import run_item
 from raylora.job import Job
@@ -63,13 +64,10 @@ def train_checked(
 ) -> dict[str, Any]:
     """`train` for a job that was checked already."""
     job = checked.job
-    storage, done = claim(job, extend=extend, moved=moved)
-    if done is not None and not moved:
-        return done
-    datasets = cache_here(checked)
-    settle(job, storage, checked.family, datasets)
-    if done is not None:
-        return done
+    begun = begin(checked, cache_here, extend=extend, moved=moved)
+    if isinstance(begun, dict):
+        return begun
+    storage, datasets = begun
     device = pick_device(job)
     run = make_run(job, checked.family, datasets, storage, Alone(), device, sinks, prove=prove)
     try:
@@ -78,6 +76,25 @@ def train_checked(
         run.close()
     refuse_stopped(outcome)
     return finish(job, storage)
+
+
+def begin(
+    checked: Checked, prepare: Callable[[Checked], Datasets], *, extend: bool, moved: bool
+) -> tuple[Storage, Datasets] | dict[str, Any]:
+    """What comes before training on every road: the run's name, the cache, a move.
+
+    Args:
+        prepare: encodes what the cache lacks, and loads the rows.
+
+    Returns:
+        (the run's folder, what is trained on), or result.json where nothing is left to do.
+    """
+    storage, done = claim(checked.job, extend=extend, moved=moved)
+    if done is not None and not moved:
+        return done
+    datasets = prepare(checked)
+    settle(checked.job, storage, checked.family, datasets)
+    return done or (storage, datasets)
 
 
 def cache_here(checked: Checked) -> Datasets:

@@ -66,9 +66,8 @@ def worker_environment(fleet: FleetOptions) -> dict[str, str]:
     Two processes with as many OpenMP threads each as there are cores spin against each other and
     run many times slower, so each gets its share of cores and its threads sleep while they wait.
     """
-    threads = str(max(1, int(fleet.cpus_per_worker)))
     held = {"OMP_WAIT_POLICY": "PASSIVE", **QUIET}
-    return {**held, "OMP_NUM_THREADS": threads} if fleet.cpus_only else held
+    return {**held, "OMP_NUM_THREADS": str(fleet.threads)} if fleet.cpus_only else held
 
 
 def selectors(fleet: FleetOptions) -> list[dict[str, str]] | None:

@@ -11,12 +11,12 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raylora.assemble import Datasets, claim, finish, make_run, open_family, open_store, settle
+from raylora.assemble import Datasets, finish, make_run, open_family, open_store
 from raylora.base.errors import RayloraError, TrainingError, UserError
 from raylora.base.log import start_logging
 from raylora.check import Checked
 from raylora.job import Job, job_from
-from raylora.local import refuse_stopped
+from raylora.local import begin, refuse_stopped
 from raylora.on_ray.cache import prepare_on_ray
 from raylora.on_ray.progress import Progress
 from raylora.on_ray.resources import selectors, stand_in
@@ -38,13 +38,10 @@ def train_on_ray(
         TrainingError: the fleet failed more often than fleet.max_failures allows.
     """
     job = checked.job
-    storage, done = claim(job, extend=extend, moved=moved)
-    if done is not None and not moved:
-        return done
-    datasets = prepare_on_ray(checked)
-    settle(job, storage, checked.family, datasets)
-    if done is not None:
-        return done
+    begun = begin(checked, prepare_on_ray, extend=extend, moved=moved)
+    if isinstance(begun, dict):
+        return begun
+    storage, datasets = begun
     held = ray.put(datasets)
     with Progress(sinks) as progress:
         trainer = TorchTrainer(
@@ -82,7 +79,7 @@ def _worker(config: dict[str, Any]) -> Outcome:
     group: Group = Distributed() if get_context().get_world_size() > 1 else Alone()
     device = ray.train.torch.get_device()
     if job.fleet.cpus_only:
-        torch.set_num_threads(max(1, int(job.fleet.cpus_per_worker)))
+        torch.set_num_threads(job.fleet.threads)
     told = config["told"]
     sinks: list[Sink] = [told.put.remote] if group.rank == 0 else []
     run = make_run(job, open_family(job), datasets, open_store(job), group, device, sinks)

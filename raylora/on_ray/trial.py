@@ -48,7 +48,7 @@ def run_trial(
     stand_in(folder)
     trial = campaign.trials[config["trial"]]
     if trial.job.fleet.cpus_only:
-        torch.set_num_threads(max(1, int(trial.job.fleet.cpus_per_worker)))
+        torch.set_num_threads(trial.job.fleet.threads)
     try:
         _train(trial, datasets[trial.number])
     except RayloraError as error:

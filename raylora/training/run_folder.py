@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import yaml
 
 from raylora.base.errors import JobError, TrainingError
 from raylora.base.storage import Storage
+from raylora.data.numbered import NumberedWriter, list_numbered
 from raylora.training.checkpoint import changed, read_newest
 
 FREE = (
@@ -23,6 +23,7 @@ FREE = (
 """Sections and options that may change between two attempts: they never change what is trained."""
 PLACES = ("family.weights", "data.folder", "validation.folder")
 """Where things lie. They may move when a person says so; what lies there is compared by content."""
+_ATTEMPTS = "attempts"
 
 
 def claim_run(
@@ -48,21 +49,28 @@ def claim_run(
         for path, old, new in _differences(held, dict(job))
         if not path.startswith(tuple(f"{word}." for word in FREE)) and path not in FREE
     ]
-    places = [difference for difference in differing if difference[0] in PLACES]
-    others = [difference for difference in differing if difference[0] not in PLACES]
-    longer = bool(others) and all(_is_longer(*difference) for difference in others)
-    if (moved or not places) and ((longer and extend) or not others):
-        if longer:
-            # First, so that a run stopped on its way to the new end does not pass for a finished.
-            storage.delete("result.json")
-        if longer and not places:
-            storage.write("job.yaml", text.encode())
+    moves = [difference for difference in differing if difference[0] in PLACES]
+    longer = bool(differing) and all(_is_longer(*difference) for difference in differing)
+    if not differing or (moved and moves == differing):
+        return
+    if longer and extend:
+        # First, so that a run stopped on its way to the new end does not pass for a finished one.
+        storage.delete("result.json")
+        storage.write("job.yaml", text.encode())
         return
     shown = "; ".join(f"{path} was {old!r}, is {new!r}" for path, old, new in differing[:5])
     more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    if longer:
+        advice = "To go on past its end, add --extend."
+    elif moves == differing:
+        advice = (
+            "If they only moved, add --moved: their content is compared. Otherwise choose another "
+            "`name`."
+        )
+    else:
+        advice = "Choose another `name`, or undo the change to resume."
     raise JobError(
-        f"name: the run {name!r} in {storage.url} is another job: {shown}{more}. "
-        f"{_advice(places=bool(places), longer=longer, others=bool(others))}"
+        f"name: the run {name!r} in {storage.url} is another job: {shown}{more}. {advice}"
     )
 
 
@@ -85,33 +93,13 @@ def settle_move(storage: Storage, job: Mapping[str, Any], content: Mapping[str, 
     storage.write("job.yaml", yaml.safe_dump(dict(job), sort_keys=False).encode())
 
 
-def _advice(*, places: bool, longer: bool, others: bool) -> str:
-    if others and not longer:
-        return "Choose another `name`, or undo the change to resume."
-    if not places:
-        return "To go on past its end, add --extend."
-    extend = "--extend and " if longer else ""
-    return (
-        f"If they only moved, add {extend}--moved: their content is compared. Otherwise choose "
-        "another `name`."
-    )
-
-
 def claim_attempt(storage: Storage) -> int:
     """Number this start of the run, 1 for the first; leaves who it is in `attempts/`.
 
     Whoever starts last has the run: the one before notices at its next save (`still_ours`).
     """
-    names = [
-        entry.key.rsplit("/", 1)[-1]
-        for folder in ("attempts", "events")
-        for entry in storage.entries(folder)
-    ]
-    attempt = 1 + max((int(re.split("[-.]", name)[0]) for name in names), default=0)
     who = {"host": socket.gethostname(), "process": os.getpid(), "began": round(time.time(), 3)}
-    while not storage.create(_attempt(attempt), json.dumps(who).encode()):
-        attempt += 1
-    return attempt
+    return 1 + NumberedWriter(storage, _ATTEMPTS, ".json").put(json.dumps(who).encode())
 
 
 def still_ours(storage: Storage, attempt: int) -> None:
@@ -122,18 +110,15 @@ def still_ours(storage: Storage, attempt: int) -> None:
     Raises:
         TrainingError: names the other's host and process.
     """
-    if storage.entry(_attempt(attempt + 1)) is None:
+    later = list_numbered(storage, _ATTEMPTS, after=attempt - 1)
+    if not later:
         return
-    who = json.loads(storage.read(_attempt(attempt + 1)))
+    who = json.loads(storage.read(later[-1][1]))
     raise TrainingError(
         f"this run in {storage.url} was started again by process {who['process']} on "
         f"{who['host']}, which has it now; this one (attempt {attempt}) saves no more. Stop one of "
         "two that are meant to be one, or give them two names."
     )
-
-
-def _attempt(number: int) -> str:
-    return f"attempts/{number:04d}.json"
 
 
 def finished_steps(storage: Storage) -> int | None:

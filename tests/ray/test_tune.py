@@ -20,6 +20,7 @@ from raylora.on_ray.tune import run_campaign
 from raylora.training.checkpoint import State, write_checkpoint
 
 ADAPTER = "adapter.safetensors"
+KILLED_AFTER_2 = ("job.yaml", "attempts/", "metrics/", "events/", "checkpoints/000002/")
 GOOD, BAD, BROKEN = 4e-3, 1e-6, 2e-3
 
 
@@ -55,7 +56,7 @@ def leave_half(campaign: Campaign, folder: Path) -> dict[str, torch.Tensor]:
     Child(train_small, whole).result()
     run = open_store(whole)
     for entry in run.entries():
-        if entry.key.startswith(("job.yaml", "metrics/", "events/", "checkpoints/000002/")):
+        if entry.key.startswith(KILLED_AFTER_2):
             trial.storage.write(entry.key, run.read(entry.key))
     return saved_file(whole)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,14 @@ def test_a_job_is_trained_found_finished_and_replayed(
     assert code == MISTAKE
     assert "network.rank was 8, is 2" in document["error"]
     assert document["error"] in err
+
+    data = json.loads(Path(job).read_text())["data"]["folder"]
+    shutil.copytree(data, tmp_path / "copy")
+    there = ("train", job, "--local", "--set", f"data.folder={tmp_path / 'copy'}")
+    code, document, _ = call(capsys, *there)
+    assert (code, "add --moved" in document["error"]) == (MISTAKE, True)
+    assert call(capsys, *there, "--moved")[0] == DONE
+    assert call(capsys, "train", job, "--local", "--moved")[0] == DONE
 
     monkeypatch.setattr("raylora.assemble.ExportProver", NoProof)  # one proof is enough here
     code, document, _ = call(

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from raylora.base.errors import JobError, TrainingError
-from raylora.base.segments import SegmentWriter
 from raylora.base.storage import Storage, open_storage
 from raylora.training.checkpoint import State, write_checkpoint
 from raylora.training.run_folder import (
@@ -132,8 +131,6 @@ def test_an_extension_changes_nothing_else(here: Storage):
 def test_attempts_are_numbered_one_after_the_other(storage: Storage):
     assert claim_attempt(storage) == 1
     assert claim_attempt(storage) == 2
-    SegmentWriter(storage, "events", attempt=4, every_seconds=0.0).add({"event": "x"})
-    assert claim_attempt(storage) == 5
 
 
 def test_two_that_start_at_once_are_two_attempts(storage: Storage):
@@ -159,8 +156,9 @@ def test_another_place_is_refused_unless_the_person_says_that_it_moved(here: Sto
     claim(here, JOB)
     with pytest.raises(JobError, match=r"data\.folder was .* add --moved"):
         claim(here, job(data=ELSEWHERE))
-    with pytest.raises(JobError, match="add --extend and --moved"):
-        claim(here, job(data=ELSEWHERE, training={"steps": 20}))
+    for moved in (False, True):  # one after the other: a longer run is begun by what it holds
+        with pytest.raises(JobError, match="Choose another `name`, or undo"):
+            claim(here, job(data=ELSEWHERE, training={"steps": 20}), extend=True, moved=moved)
     with pytest.raises(JobError, match="Choose another `name`, or undo"):
         claim(here, job(data=ELSEWHERE, training={"seed": 3}), moved=True)
     claim(here, job(data=ELSEWHERE), moved=True)
