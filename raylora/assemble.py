@@ -36,6 +36,7 @@ from raylora.optim.schedules import make_schedule
 from raylora.training.finish import finish_run
 from raylora.training.loader import Loader
 from raylora.training.loop import Course, Run
+from raylora.training.options import MICRO_BATCH
 from raylora.training.parts import Parts
 from raylora.training.reduce import Group
 from raylora.training.report import Reporter, Sink
@@ -260,7 +261,7 @@ def _make_parts(
     exact_sums = job.training.sums == "exact"
     if exact_sums and device.type == "cpu":
         # More threads cut a layer's own sums into other pieces.
-        torch.set_num_threads(max(1, int(job.fleet.cpus_per_worker)))
+        torch.set_num_threads(job.fleet.threads)
     return Parts(
         denoiser=denoiser,
         attachment=Attachment(denoiser, family.component, adapter),
@@ -276,7 +277,7 @@ def _make_parts(
         group=group,
         shares=shares,
         sums=ExactSums(adapter) if exact_sums else RoundedSums(adapter),
-        micro_batch=1 if exact_sums else job.memory.max_micro_batch,
+        micro_batch=1 if exact_sums else job.memory.max_micro_batch or MICRO_BATCH,
         seed=job.training.seed,
         timesteps=(job.training.min_timestep, job.training.max_timestep or steps),
         dtype=dtype,

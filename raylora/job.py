@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from raylora.base.errors import JobError
 from raylora.base.lookup import plugins
@@ -96,6 +96,15 @@ class Job(Options):
                 "start with a letter or digit."
             )
         return name
+
+    @model_validator(mode="after")
+    def _one_at_a_time(self) -> Self:
+        if self.training.sums == "exact" and (self.memory.max_micro_batch or 1) > 1:
+            raise ValueError(
+                f"memory.max_micro_batch is {self.memory.max_micro_batch}, and training.sums: "
+                "exact takes images one at a time. Leave it out, or choose fast."
+            )
+        return self
 
     @property
     def run_folder(self) -> str:

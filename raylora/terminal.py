@@ -50,7 +50,7 @@ def _show(progress: Progress, task: TaskID, row: Row) -> None:
         progress.update(task, completed=row["done"], total=row["total"], said=said)
     elif "validation" in row:
         progress.console.print(f"step {row['done']:5d}  held-out loss {row['validation']:.4f}")
-    elif row.get("event") in ("resumed", "saved", "shares", "drift mended"):
+    elif row.get("event") in ("resumed", "saved", "shares", "drift mended", "previews left out"):
         facts = "  ".join(f"{name} {value}" for name, value in row.items() if name != "event")
         progress.console.print(f"[dim]{row['event']}  {facts}[/dim]")
 

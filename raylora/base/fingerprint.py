@@ -12,8 +12,8 @@ _PIECES = 256
 def file_fingerprint(path: Path) -> str:
     """16 hex digits from a file's size and from 256 pieces of 64 KiB, evenly over it.
 
-    A base of 24 GB takes a tenth of a second. Two trainings of one model differ in every piece; a
-    file that was changed on purpose to pass for another is not what this is for.
+    Reads 16 MiB of a file of any size. It tells one model from another; a file that was changed in
+    a few places, by chance or on purpose, may pass for the one before.
     """
     size_bytes = path.stat().st_size
     digest = hashlib.blake2b(str(size_bytes).encode(), digest_size=8)

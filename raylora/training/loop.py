@@ -152,7 +152,9 @@ def _look(run: Run, done: int, before: float | None = None) -> float | None:
         if run.reporter:
             run.reporter.measured(done, numbers)
     if run.previews and (ends or _due(done, course.preview_every)):
-        run.previews.draw(run.parts, done)
+        left_out = run.previews.draw(run.parts, done)
+        if left_out and run.reporter:
+            run.reporter.event("previews left out", step=done, out_of_memory=left_out)
     if go_on:
         go_on()
     return held_out

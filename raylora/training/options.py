@@ -11,6 +11,8 @@ from raylora.data.source import DataOptions
 
 MOST_EXACT_IMAGES = 2**11 - 1
 """Images a step that 64-bit sums hold."""
+MICRO_BATCH = 8
+"""Images together where a job does not say."""
 
 
 class TrainingOptions(Options):
@@ -79,8 +81,9 @@ class ValidationOptions(Options):
 class MemoryOptions(Options):
     """What a worker may hold at once."""
 
-    max_micro_batch: int = Field(8, ge=1)
-    """Images that go through the denoiser together, at most; out of memory halves it."""
+    max_micro_batch: int | None = Field(None, ge=1)
+    """Images that go through the denoiser together, at most; out of memory halves it. Null is 8, or
+    1 where training.sums is exact, which allows no more."""
 
 
 class ExportOptions(Options):

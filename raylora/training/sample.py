@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from raylora.base.log import get_logger
 from raylora.base.storage import Storage
 from raylora.families import Family, Renderer
 from raylora.preview.options import PreviewOptions
 from raylora.preview.renderer import draw_preview, png_bytes
 from raylora.training.parts import Parts
-
-log = get_logger("sample")
 
 
 class Previews:
@@ -26,22 +23,21 @@ class Previews:
         self._storage = storage
         self._renderer: Renderer | None = None
 
-    def draw(self, parts: Parts, step: int) -> None:
+    def draw(self, parts: Parts, step: int) -> int:
         """Draw this worker's prompts of the round that are not stored yet, and wait for all.
 
-        A picture that does not fit into memory is left out, with a warning: no run ends for it.
+        Returns:
+            How many pictures of all workers did not fit into memory; no run ends for that.
         """
+        left_out = 0
         for number in range(parts.group.rank, len(self.options.prompts), parts.group.size):
             if self._storage.entry(sample_key(step, number)) is not None:
                 continue
             try:
                 self._draw(parts, step, number)
             except torch.OutOfMemoryError:
-                log.warning(
-                    "step %d: preview %d (%d x %d) does not fit into memory and is left out",
-                    *(step, number, self.options.width, self.options.height),
-                )
-        parts.group.barrier()
+                left_out += 1
+        return int(sum(row[0] for row in parts.group.gather([float(left_out)])))
 
     def _draw(self, parts: Parts, step: int, number: int) -> None:
         if self._renderer is None:

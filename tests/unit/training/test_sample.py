@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from small import MakeJob, open_run
 
+from raylora.base.segments import read_segments
+from raylora.training.loop import run_training
 from raylora.training.reduce import Alone
 from raylora.training.sample import sample_key
 
@@ -54,7 +56,7 @@ def test_prompts_are_divided_and_what_is_stored_is_not_drawn_again(make_job: Mak
 
 
 def test_a_preview_that_does_not_fit_is_left_out_and_the_next_is_drawn(
-    make_job: MakeJob, caplog: pytest.LogCaptureFixture
+    make_job: MakeJob,
 ):
     class Large(Renders):
         def render(self, prompt: str, *, latents: Any, **_: Any) -> np.ndarray:
@@ -62,14 +64,18 @@ def test_a_preview_that_does_not_fit_is_left_out_and_the_next_is_drawn(
                 raise torch.OutOfMemoryError("the card is full")
             return super().render(prompt, latents=latents)
 
-    run = open_run(make_job(preview__prompts=PROMPTS))
+    run = open_run(make_job(preview__prompts=PROMPTS, training__steps=1), report=True)
     assert run.previews
     run.previews._renderer = Large()
-    run.previews.draw(run.parts, 5)
+    run_training(run)
     run.close()
     drawn = [entry.key for entry in run.storage.entries("samples")]
-    assert drawn == [sample_key(5, 0), sample_key(5, 2)]
-    assert "step 5: preview 1 (64 x 64) does not fit into memory and is left out" in caplog.text
+    assert drawn == [sample_key(step, number) for step in (0, 1) for number in (0, 2)]
+    told = [row for row in read_segments(run.storage, "events") if "out_of_memory" in row]
+    assert [(row["event"], row["step"], row["out_of_memory"]) for row in told] == [
+        ("previews left out", 0, 1),
+        ("previews left out", 1, 1),
+    ]
 
 
 @pytest.mark.slow

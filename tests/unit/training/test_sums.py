@@ -147,13 +147,16 @@ def test_who_wants_to_stop_is_counted_and_the_next_step_begins_at_zero(make: Any
 
 
 def test_a_job_that_asks_for_exact_sums_takes_images_one_at_a_time(make_job: MakeJob):
-    run = open_run(make_job(training__sums="exact", memory__max_micro_batch=8))
+    run = open_run(make_job(training__sums="exact"))
     assert isinstance(run.parts.sums, ExactSums)
     assert run.parts.micro_batch == 1
     run.close()
     run = open_run(make_job())
     assert isinstance(run.parts.sums, RoundedSums)
+    assert run.parts.micro_batch == 8
     run.close()
+    with pytest.raises(JobError, match=r"max_micro_batch is 4, and training\.sums: exact takes"):
+        make_job(training__sums="exact", memory__max_micro_batch=4)
 
 
 def test_more_images_than_fit_are_refused(make_job: MakeJob):
