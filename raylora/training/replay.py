@@ -51,6 +51,8 @@ def replay_step(run: Run, step: int) -> Replay:
             f"step {step}: the data set now gives other samples than were recorded; images, "
             "repeats or data.order_seed changed since."
         )
+    # As recorded, and not by the job's schedule: after --extend that has another end.
+    parts.learning_rate, parts.factor = 1.0, lambda number: rows[number + 1]["learning_rate"]
     for number in range(done, step):
         result = train_step(parts, number)
     assert result is not None

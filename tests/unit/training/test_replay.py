@@ -9,6 +9,7 @@ from small import MakeJob, open_run, train_small
 
 from raylora.assemble import open_store
 from raylora.base.errors import JobError, TrainingError
+from raylora.local import train
 from raylora.training.replay import replay_step
 from raylora.training.report import read_metrics
 
@@ -29,6 +30,19 @@ def test_every_recorded_step_comes_out_again(make_job: MakeJob):
         names = {row.key for row in run.parts.loader.dataset.rows}
         assert set(found.keys) <= names
     assert storage.entries() == before
+
+
+@pytest.mark.slow
+def test_a_step_before_an_extension_is_replayed_at_the_rate_it_had(make_job: MakeJob):
+    given = {"training__save_every_steps": 2, "schedule__name": "cosine"}
+    train_small(make_job(training__steps=6, **given))
+    longer = make_job(training__steps=8, **given)
+    train(longer, extend=True, prove=False)
+    for step in (4, 6, 8):
+        run = open_run(longer)
+        found = replay_step(run, step)
+        run.close()
+        assert found.replayed == found.recorded
 
 
 @pytest.mark.slow
