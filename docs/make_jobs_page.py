@@ -72,6 +72,9 @@ def _options(schema: Schema, known: dict[str, Schema], *, path: str) -> Iterator
     for word, field in schema["properties"].items():
         found = _sections(field, known)
         place = f"{path}{word}"
+        if found and all(_same_words(inner, schema) for inner in found):
+            yield from _option(place, field, known, needed=False, what="a list of sections")
+            continue
         if found and "anyOf" not in field and field.get("type") != "object":
             sections.append((place, field, found))
             continue
@@ -101,10 +104,17 @@ def _inner(path: str, schema: Schema, known: dict[str, Schema]) -> Iterator[str]
         yield from _option(f"{path}{word}", field, known, needed=False)
 
 
-def _option(place: str, field: Schema, known: dict[str, Schema], *, needed: bool) -> Iterator[str]:
+def _same_words(inner: Schema, section: Schema) -> bool:
+    """Whether all words of a section within another are the other's too, told there."""
+    return inner["properties"].keys() <= section["properties"].keys()
+
+
+def _option(
+    place: str, field: Schema, known: dict[str, Schema], *, needed: bool, what: str = ""
+) -> Iterator[str]:
     """Two lines or more: the path, what it may be, the default; then its text."""
     default = "" if needed or "default" not in field else f"; default `{_yaml(field['default'])}`"
-    yield from _wrapped(f"- `{place}`: {_what(field, known)}{default}", indent="  ")
+    yield from _wrapped(f"- `{place}`: {what or _what(field, known)}{default}", indent="  ")
     text = field.get("description", "")
     if not text and "const" in field:
         text = f"Chooses this one, which the file `{field['const']}.py` gives."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,12 +22,13 @@ from raylora.base.log import get_logger
 from raylora.base.storage import Storage, open_storage
 from raylora.base.units import mib
 from raylora.data.dataset import CachePlan, Dataset, load_dataset, prepare
-from raylora.data.rows import Row
-from raylora.data.source import DataOptions
+from raylora.data.options import SetOptions
 from raylora.data.steps import StepPlan
+from raylora.data.supply import Supply
+from raylora.data.variants import Chooser
 from raylora.diffusion.losses import make_loss
 from raylora.families import Family, get_family
-from raylora.header import adapter_facts
+from raylora.header import adapter_facts, image_facts
 from raylora.job import Job
 from raylora.networks import get_network
 from raylora.optim.optimizers import make_optimizer
@@ -96,12 +96,16 @@ def open_family(job: Job) -> Family:
 def size_problems(job: Job, family: Family) -> list[str]:
     """Sizes and timesteps that this base cannot take, one sentence each."""
     step, found = family.size_step, []
-    if job.data.bucket_reso_steps % step and job.data.enable_bucket:
-        found.append(
-            f"data.bucket_reso_steps is {job.data.bucket_reso_steps}; this base needs a multiple "
-            f"of {step}."
-        )
-    sides = {"data.resolution": job.data.size} if not job.data.enable_bucket else {}
+    sides = {}
+    for number, options in enumerate(job.sets):
+        place = f"data.sets.{number}" if job.data.sets else "data"
+        if not options.enable_bucket:
+            sides[f"{place}.resolution"] = options.resolution
+        elif options.bucket_reso_steps % step:
+            found.append(
+                f"{place}.bucket_reso_steps is {options.bucket_reso_steps}; this base needs a "
+                f"multiple of {step}."
+            )
     if job.preview.prompts:
         sides["preview.width and height"] = (job.preview.width, job.preview.height)
     for name, size in sides.items():
@@ -125,19 +129,23 @@ def pick_device(job: Job) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not job.fleet.cpus_only else "cpu")
 
 
-def data_sections(job: Job) -> list[DataOptions]:
+def set_groups(job: Job) -> list[tuple[SetOptions, ...]]:
     """What is trained on and, where there is one, the held-out folder."""
-    held_out = job.validation.data(job.data)
-    return [job.data] if held_out is None else [job.data, held_out]
+    held_out = job.held_out_set
+    return [job.sets] if held_out is None else [job.sets, (held_out,)]
 
 
 def plan_dataset(
-    job: Job, section: DataOptions, family: Family, *, rehash: bool, workers: int = 1
+    job: Job, sets: tuple[SetOptions, ...], family: Family, *, rehash: bool, workers: int = 1
 ) -> CachePlan:
-    """What has to be encoded for a data section of the job."""
+    """What has to be encoded for some sets of the job."""
     latents_facts, text_facts = family.encoder_facts()
+    data = job.data
+    if sets is not job.sets:  # held out: the same every time, so cached whatever the others are
+        data = data.model_copy(update={"cache": None, "cache_text": True})
     return prepare(
-        section,
+        data,
+        sets,
         job.cache_url,
         latents_facts=latents_facts,
         text_facts=text_facts,
@@ -152,12 +160,12 @@ def load_datasets(plans: Sequence[CachePlan]) -> Datasets:
     for plan, dataset in zip(plans, sets, strict=True):
         log.info(
             "%s: %d images in %d buckets, %d bad",
-            plan.facts.data.folder,
+            ", ".join(dict.fromkeys(plan.facts.folders)),
             len(dataset.rows),
-            len({row.bucket for row in dataset.rows}),
+            len(dataset.rows.showings_by_bucket()),
             len(dataset.bad),
         )
-    return Datasets(sets[0], sets[1] if len(sets) > 1 else None)
+    return Datasets(sets[0], sets[1] if len(sets) > 1 else sets[0].held_out)
 
 
 def total_steps(job: Job, plan: StepPlan) -> int:
@@ -185,7 +193,10 @@ def make_run(
     total = total_steps(job, plan)
     pinned = None if job.fleet.shares == "measured" else job.fleet.shares
     shares = Shares(group.size, pinned if group.size > 1 else None)
-    loader = Loader(datasets.training, plan, shares, group.rank)
+    chooser = Chooser(job.sets, seed=job.training.seed, total_steps=total)
+    encoder = family.load_encoder(device=device) if job.data.texts_live else None
+    supply = Supply(datasets.training, plan, chooser, encoder)
+    loader = Loader(supply, plan, shares, group.rank)
     parts = _make_parts(job, family, loader, group, shares, total, device)
     first = group.rank == 0 and report
     attempt = claim_attempt(storage) if first else 0
@@ -220,18 +231,10 @@ def content(family: Family, datasets: Datasets) -> dict[str, str]:
     """Fingerprints of what is trained on, as checkpoints hold them."""
     held_out = datasets.validation
     return {
-        "dataset": fingerprint(datasets.training.rows),
-        "held_out": fingerprint(held_out.rows) if held_out else "none",
+        "dataset": datasets.training.rows.fingerprint(),
+        "held_out": held_out.rows.fingerprint() if held_out else "none",
         "base": family.fingerprint(),
     }
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    """16 hex digits that name what is trained on: images, captions, buckets and repeats."""
-    digest = hashlib.blake2b(digest_size=8)
-    for row in rows:
-        digest.update(f"{row.key}\0{row.repeats}\0".encode() + row.latents_key + row.text_key)
-    return digest.hexdigest()
 
 
 def finish(job: Job, storage: Storage) -> dict[str, Any]:
@@ -268,7 +271,12 @@ def _make_parts(
         adapter=adapter,
         predict=family.predict,
         process=family.process,
-        loss=make_loss(job.loss, family.process),
+        loss=make_loss(
+            job.loss,
+            family.process,
+            masked=any(options.masked for options in job.sets),
+            weighed=any(options.is_reg for options in job.sets),
+        ),
         optimizer=make_optimizer(job.optimizer, adapter.values),
         factor=make_schedule(job.schedule, total),
         learning_rate=job.optimizer.learning_rate,
@@ -329,6 +337,7 @@ def _make_saver(
     attempt: int,
 ) -> Saver:
     started = time.time()
+    images = image_facts(job, datasets.training)
 
     def metadata(step: int) -> dict[str, str]:
         facts = adapter_facts(
@@ -336,6 +345,8 @@ def _make_saver(
             family,
             datasets.training,
             plan,
+            images,
+            held_out=len(datasets.validation.rows) if datasets.validation else 0,
             step=step,
             total_steps=total,
             started_at=started,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from raylora.arithmetic import count_bytes, count_job, count_tokens, token_advice
 from raylora.assemble import (
-    data_sections,
     open_family,
     pick_device,
     plan_dataset,
+    set_groups,
     size_problems,
     total_steps,
 )
@@ -36,12 +36,14 @@ class Checked:
         family: the opened base.
         plans: what the cache lacks, for training and (where there is one) the held-out folder.
         warnings: what a person should know but may want so.
+        tokens: the captions' lengths (`arithmetic.count_tokens`).
     """
 
     job: Job
     family: Family
     plans: list[CachePlan]
     warnings: list[str]
+    tokens: dict[str, Any]
 
 
 def check_job(job: Job, *, rehash: bool = False) -> Checked:
@@ -57,30 +59,27 @@ def check_job(job: Job, *, rehash: bool = False) -> Checked:
     if family is not None:
         problems += size_problems(job, family)
         plan = partial(plan_dataset, job, family=family, rehash=rehash, workers=job.fleet.count)
-        for section in data_sections(job):
-            planned = _collect(problems, partial(plan, section))
+        for sets in set_groups(job):
+            planned = _collect(problems, partial(plan, sets))
             plans += [planned] if planned else []
     if problems or family is None:
         raise JobError(list(dict.fromkeys(problems)))
-    return Checked(job, family, plans, _warnings(job, plans))
+    tokens = count_tokens(job, plans[0], family)
+    advice = token_advice(tokens, family)
+    warnings = [*_warnings(job, plans), *([advice] if advice else [])]
+    return Checked(job, family, plans, warnings, tokens)
 
 
 def arithmetic(checked: Checked) -> dict[str, Any]:
-    """The steps arithmetic: images, repeats, buckets, steps an epoch, epochs."""
-    job, rows = checked.job, checked.plans[0].rows
-    plan = StepPlan(rows, job.training.images_per_step, job.data.order_seed)
-    total = total_steps(job, plan)
-    buckets = Counter(row.bucket for row in rows for _ in range(row.repeats))
+    """The steps arithmetic: images, repeats, buckets, steps an epoch, epochs, tokens, bytes."""
+    job, plan = checked.job, checked.plans[0]
+    of_steps = StepPlan(plan.rows, job.training.images_per_step, job.data.order_seed)
+    held_out = checked.plans[1].rows if len(checked.plans) > 1 else plan.held_out
     return {
-        "images": len(rows),
-        "bad_images": len(checked.plans[0].bad),
-        "images_with_repeats": plan.samples_per_epoch,
-        "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
-        "images_per_step": job.training.images_per_step,
-        "steps_per_epoch": plan.steps_per_epoch,
-        "steps": total,
-        "epochs": round(total / plan.steps_per_epoch, 2),
-        "held_out_images": len(checked.plans[1].rows) if len(checked.plans) > 1 else 0,
+        **count_job(job, plan, of_steps, total_steps(job, of_steps)),
+        "held_out_images": len(held_out),
+        "tokens": checked.tokens,
+        "cache": count_bytes(job, plan, checked.family),
         "to_encode": {
             "images": sum(plan.missing("latents") for plan in checked.plans),
             "captions": sum(plan.missing("text") for plan in checked.plans),
@@ -90,7 +89,7 @@ def arithmetic(checked: Checked) -> dict[str, Any]:
 
 def _warnings(job: Job, plans: list[CachePlan]) -> list[str]:
     found = [note for plan in plans for note in plan.notes]
-    showings = sum(row.repeats for row in plans[0].rows)
+    showings = int(plans[0].rows.repeats.sum())
     if job.training.images_per_step > showings:
         found.append(
             f"training.images_per_step is {job.training.images_per_step}, but an epoch has only "

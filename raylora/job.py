@@ -6,18 +6,19 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from raylora.base.errors import JobError
+from raylora.base.errors import JobError, OptionError
 from raylora.base.lookup import plugins
 from raylora.base.options import Options, explain
 from raylora.base.yaml_file import parse_yaml, read_yaml_file
-from raylora.data.source import DataOptions
+from raylora.data.options import DataOptions, Native, SetOptions, resolve
+from raylora.data.variants import variants_of
 from raylora.diffusion.losses import LossOptions
 from raylora.families import FamilyOptions, get_family
 from raylora.fleet import FleetOptions
@@ -106,6 +107,28 @@ class Job(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _data_can_be_trained(self) -> Self:
+        try:
+            sets = self.sets
+        except OptionError as error:
+            raise ValueError(str(error)) from error
+        for problem in _data_problems(self, sets):
+            raise ValueError(problem)
+        return self
+
+    @cached_property
+    def sets(self) -> tuple[SetOptions, ...]:
+        """The sets of images to train on, whole."""
+        native = Native(self.family.native_resolution, self.family.bucket_step)
+        return resolve(self.data, native)
+
+    @property
+    def held_out_set(self) -> SetOptions | None:
+        """The images of `validation.folder`, brought to size as the first set's are."""
+        folder = self.validation.folder
+        return self.sets[0].held_out(folder) if folder is not None else None
+
     @property
     def run_folder(self) -> str:
         """The run's place in the store."""
@@ -114,7 +137,8 @@ class Job(Options):
     @property
     def cache_url(self) -> str:
         """Where encoded images and captions lie."""
-        return self.data.cache or f"{self.store.rstrip('/')}/caches"
+        given = None if self.data.pictures_live else self.data.cache
+        return given or f"{self.store.rstrip('/')}/caches"
 
     def plain(self) -> dict[str, Any]:
         """The whole job as plain data, every default written out."""
@@ -124,6 +148,38 @@ class Job(Options):
         """16 hex digits that name this job's whole content."""
         text = json.dumps(self.plain(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _data_problems(job: Job, sets: tuple[SetOptions, ...]) -> Iterable[str]:
+    """What sets and the rest of the job do not agree on."""
+    data = job.data
+    warmed = [options for options in sets if options.token_warmup_step]
+    if warmed and not data.texts_live:
+        yield (
+            f"data.token_warmup_step is {warmed[0].token_warmup_step:g}: how many tags are shown "
+            "depends on the step, and cached captions do not. Add data.cache_text: false, which "
+            "encodes captions as they are shown."
+        )
+    if job.validation.folder is not None and any(one.validation_split for one in sets):
+        yield "data.validation_split and validation.folder: give one of them."
+    if data.prior_loss_weight != 1 and not any(options.is_reg for options in sets):
+        yield (
+            f"data.prior_loss_weight is {data.prior_loss_weight:g}, and no set has is_reg: true. "
+            "Mark the regularisation images, or leave it out."
+        )
+    if job.loss.mask == "plain" and not any(options.masked for options in sets):
+        yield (
+            "loss.mask is plain, and no set has masks. Give data.alpha_mask or data.mask_folder, "
+            "or leave it out."
+        )
+    if data.variants is not None and not any(
+        max(count.pictures, count.texts) == data.variants
+        for count in (variants_of(options, data) for options in sets)
+    ):
+        yield (
+            f"data.variants is {data.variants}, and nothing is drawn ahead of training: add what "
+            "is to be drawn (shuffle_caption, flip_aug, random_crop, …), or leave it out."
+        )
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
@@ -139,8 +195,7 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
     tree = read_yaml_file(
         path, wanted="a job file", holds="sections such as family, data and training"
     )
-    for override in overrides:
-        _override(tree, override)
+    set_overrides(tree, overrides)
     return job_from(tree)
 
 
@@ -158,6 +213,12 @@ def with_overrides(job: Job, overrides: Mapping[str, Any]) -> Job:
     for path, value in overrides.items():
         _set(tree, path, value)
     return job_from(tree)
+
+
+def set_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Set `a.b=value` each in a tree of sections, the value in YAML; JobError as for a file."""
+    for override in overrides:
+        _override(tree, override)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from raylora.base.units import duration, gib, mib
+from raylora.base.units import duration, gib, kib, mib
 from raylora.training.report import Row, Sink, log_sink
 
 console = Console(stderr=True, highlight=False)
@@ -57,21 +57,126 @@ def _show(progress: Progress, task: TaskID, row: Row) -> None:
 
 def show_arithmetic(numbers: dict[str, Any]) -> None:
     """The steps arithmetic in plain words."""
-    buckets = ", ".join(f"{size}: {count}" for size, count in numbers["buckets"].items())
+    each, there = numbers["images_per_step"], numbers["sd_scripts"]
     lines = Table.grid(padding=(0, 2))
     lines.add_row("images", f"{numbers['images']} ({numbers['bad_images']} bad, left out)")
+    if len(numbers["sets"]) > 1:
+        for number, one in enumerate(numbers["sets"]):
+            lines.add_row(f"  set {number}", _of_set(one))
     lines.add_row("with repeats", f"{numbers['images_with_repeats']} an epoch")
-    lines.add_row("buckets", buckets)
+    lines.add_row("buckets", _few(numbers["buckets"]))
     lines.add_row(
         "steps",
-        f"{numbers['steps_per_epoch']} an epoch at {numbers['images_per_step']} images a step, "
+        f"{numbers['steps_per_epoch']} an epoch at {each} images a step, "
         "whatever the number of workers",
     )
+    mixed = numbers["steps_per_epoch"] - numbers["steps_of_one_bucket"]
+    lines.add_row(
+        "", f"{numbers['steps_of_one_bucket']} of one bucket; {mixed} of what is left over of all"
+    )
     lines.add_row("run", f"{numbers['steps']} steps = {numbers['epochs']} epochs")
+    lines.add_row(
+        "sd-scripts",
+        f"with batch size {each}: {there['steps_per_epoch']} steps an epoch (each bucket's short "
+        "batch is a step);",
+    )
+    lines.add_row(
+        "",
+        f"on 2 GPUs {there['steps_per_epoch_on_2_gpus']}, so {numbers['steps']} steps would be "
+        f"{there['epochs_of_these_steps_on_2_gpus']} epochs. Steps here are of the whole fleet",
+    )
     lines.add_row("held out", f"{numbers['held_out_images']} images")
+    if numbers["tokens"]:
+        lines.add_row("captions", _of_tokens(numbers["tokens"]))
+    lines.add_row("cache", _of_cache(numbers["cache"]))
     encode = numbers["to_encode"]
-    lines.add_row("to encode", f"{encode['images']} images, {encode['captions']} captions")
+    lines.add_row("to encode", f"{encode['images']} pictures, {encode['captions']} captions")
     console.print(lines)
+
+
+def show_stock(stock: dict[str, Any]) -> None:
+    """What is in a data set, in plain words."""
+    lines = Table.grid(padding=(0, 2))
+    for number, one in enumerate(stock["sets"]):
+        lines.add_row(f"set {number}" if len(stock["sets"]) > 1 else "data", _of_set(one))
+        out = [f"{one[word]} {said}" for word, said in _LEFT_OUT.items() if one[word]]
+        if out:
+            lines.add_row("", ", ".join(out))
+    lines.add_row("showings", f"{stock['showings']} an epoch, with repeats")
+    lines.add_row("buckets", _few(stock["buckets"]))
+    if stock["pictures"]:
+        lines.add_row("pictures", _of_pictures(stock["pictures"]))
+        lines.add_row("captions", _of_captions(stock["captions"]))
+        tags = stock["captions"]["most_frequent"]
+        lines.add_row("tags", ", ".join(f"{tag}: {count}" for tag, count in tags.items()))
+    for one in stock["bad"][:_NAMED]:
+        lines.add_row("bad", f"{one['key']}: {one['reason']}")
+    for key in stock["uncaptioned"][:_NAMED]:
+        lines.add_row("no caption", key)
+    console.print(lines)
+    for note in stock["notes"]:
+        console.print(f"note: {note}", style="yellow")
+
+
+_NAMED = 10
+_LEFT_OUT = {
+    "bad": "bad, left out",
+    "uncaptioned": "without a caption: training would refuse",
+    "held_out": "held out",
+}
+
+
+def _of_pictures(pictures: dict[str, Any]) -> str:
+    small, middle, large = (
+        f"{w}x{h}" for w, h in (pictures[word] for word in ("smallest", "median", "largest"))
+    )
+    said = [f"{small} to {large}, middle {middle}"]
+    if pictures["enlarged"]:
+        most = pictures["enlarged_most"]
+        said.append(f"{pictures['enlarged']} enlarged, at most {most:g} times")
+    said.append(
+        f"{pictures['cut_off_mean']:.1%} cut off on average, at most {pictures['cut_off_most']:.0%}"
+    )
+    if pictures["copies"]:
+        said.append(f"{pictures['copies']} are copies of others")
+    return "; ".join(said)
+
+
+def _of_captions(captions: dict[str, Any]) -> str:
+    empty = f", {captions['empty']} empty" if captions["empty"] else ""
+    return f"{captions['different']} different{empty}; {captions['tags']} different tags"
+
+
+def _of_set(one: dict[str, Any]) -> str:
+    width, height = one["resolution"]
+    kind = ", regularisation" if one["is_reg"] else ""
+    shown = f"{one['images']} images, {one['showings']} showings"
+    return f"{one['place']}: {shown} at {width}x{height}{kind}"
+
+
+def _of_tokens(tokens: dict[str, Any]) -> str:
+    read = "" if tokens["read"] is None else f"; {tokens['read']} are read"
+    return f"the longest has {tokens['longest']} tokens ({tokens['image']}){read}"
+
+
+def _of_cache(cache: dict[str, Any]) -> str:
+    """V x bytes: what the variants of an image cost."""
+    live = [word for word in ("pictures", "captions") if not cache[f"{word}_each"]]
+    held = [
+        f"{cache[word]} {word} of {kib(cache[f'{word[:-1]}_bytes'])}"
+        + (f" (up to {cache[f'{word}_each']} an image)" if cache[f"{word}_each"] > 1 else "")
+        for word in ("pictures", "captions")
+        if word not in live
+    ]
+    encoded = [f"{' and '.join(live)} encoded as they are shown"] if live else []
+    return ", ".join([*held, *encoded]) + (f": {mib(cache['bytes'])}" if held else "")
+
+
+def _few(buckets: dict[str, int], most: int = 12) -> str:
+    """Buckets with their counts; the fullest ones where there are many."""
+    shown = sorted(buckets, key=lambda size: -buckets[size])[:most]
+    listed = ", ".join(f"{size}: {buckets[size]}" for size in buckets if size in shown)
+    return listed + (f", and {len(buckets) - most} more" if len(buckets) > most else "")
 
 
 def show_result(result: dict[str, Any], folder: str) -> None:

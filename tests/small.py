@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from raylora.assemble import make_run, open_store
+from raylora.base.seeds import sample_number
 from raylora.check import check_job
+from raylora.data.rows import Row
 from raylora.job import Job, load_job, with_overrides
 from raylora.local import cache_here, train
 from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
@@ -42,6 +44,30 @@ def small_job(store: str, **overrides: Any) -> Job:
     }
     given = {path.replace("__", "."): value for path, value in overrides.items()}
     return with_overrides(load_job(QUICKSTART), {**bare, **given})
+
+
+def image_row(
+    key: str,
+    *,
+    repeats: int = 1,
+    bucket: tuple[int, int] = (64, 64),
+    latents: bytes = bytes(16),
+    text: bytes = bytes(16),
+    caption: str = "",
+    size: tuple[int, int] | None = None,
+) -> Row:
+    """A row with one picture and one caption."""
+    return Row(
+        key,
+        repeats,
+        bucket,
+        caption,
+        size or bucket,
+        latents_keys=(latents,),
+        text_keys=(text,),
+        crops=((0, 0),),
+        number=sample_number(key, 0),
+    )
 
 
 def train_small(job: Job) -> dict[str, Any]:

@@ -14,7 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 Purpose = Literal[
-    "initial weights", "noise", "timestep", "order", "validation", "preview", "variant", "test"
+    "initial weights",
+    "noise",
+    "timestep",
+    "order",
+    "validation",
+    "preview",
+    "variant",
+    "picture",
+    "caption",
+    "caption dropout",
+    "picture turn",
+    "caption turn",
+    "test",
 ]
 
 
@@ -43,13 +55,32 @@ def draw_normal(
     return draw_generator(seed, step, sample, purpose).standard_normal(shape, dtype=np.float32)
 
 
-def sample_number(key: str, repeat: int) -> int:
+def sample_number(key: str, repeat: int, of_set: int = 0) -> int:
     """The 64-bit number under which the `repeat`-th showing of an image draws its randomness.
 
     Args:
         key: the image's path relative to its data folder, so that moving the folder to another
             storage changes nothing.
         repeat: 0 for the first showing in an epoch, and so on.
+        of_set: which of the job's sets the image is of: two sets may show the same image.
     """
-    digest = hashlib.blake2b(f"{key}\0{repeat}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    name = f"{key}\0{repeat}" + (f"\0{of_set}" if of_set else "")
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def uniforms(generator: np.random.Generator, count: int) -> NDArray[np.float64]:
+    """`count` numbers in [0, 1), of raw bits alone: numpy promises these for ever."""
+    bits = generator.bit_generator.random_raw(count)
+    return np.ldexp((np.asarray(bits, np.uint64) >> np.uint64(11)).astype(np.float64), -53)
+
+
+def whole_number(generator: np.random.Generator, below: int) -> int:
+    """One of 0 … below - 1, each as likely."""
+    return int(uniforms(generator, 1)[0] * below)
+
+
+def shuffled_order(generator: np.random.Generator, count: int) -> list[int]:
+    """0 … count - 1 in a random order."""
+    bits = np.asarray(generator.bit_generator.random_raw(count), np.uint64)
+    order: list[int] = np.argsort(bits, kind="stable").tolist()
+    return order

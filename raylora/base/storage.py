@@ -11,7 +11,7 @@ import os
 import unicodedata
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -74,6 +74,14 @@ class Storage(ABC):
 
         Keys are relative to this storage, as `read` takes them. "runs/1" does not list "runs/10/x".
         """
+
+    def scan(self, prefix: str = "") -> Iterator[Entry]:
+        """As `entries`, but one after the other, so that a million objects need no memory.
+
+        In order of key wherever the store lists so, as disks and Amazon do; others list all of
+        `cat/` before `cat-2/`. Who relies on the order looks at it.
+        """
+        yield from self.entries(prefix)
 
     @abstractmethod
     def entry(self, key: str) -> Entry | None:

@@ -68,17 +68,20 @@ class FileStorage(Storage):
             return created
 
     def entries(self, prefix: str = "") -> list[Entry]:
+        return list(self.scan(prefix))
+
+    def scan(self, prefix: str = "") -> Iterator[Entry]:
         folder = str(self._path(prefix.removesuffix("/")) if prefix else self.folder)
-        found: list[Entry] = []
         with self._named_errors("list", prefix):
-            for item in _files_below(folder):
-                key = item.path[len(str(self.folder)) :].lstrip("/")
-                # Deleted since it was listed, or of a name that nobody could read.
-                with suppress(FileNotFoundError):
-                    status = item.stat()
-                    if is_key(key):
-                        found.append(Entry(key, status.st_size, str(status.st_mtime_ns)))
-        return sorted(found, key=lambda entry: entry.key)
+            for path in _files_below(folder):
+                key = path[len(str(self.folder)) :].lstrip("/")
+                if not is_key(key):  # nobody could read it
+                    continue
+                try:
+                    status = os.stat(path)
+                except FileNotFoundError:  # deleted since its folder was read
+                    continue
+                yield Entry(key, status.st_size, str(status.st_mtime_ns))
 
     def entry(self, key: str) -> Entry | None:
         path = self._path(key)
@@ -176,25 +179,36 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _files_below(
-    folder: str, above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[os.DirEntry[str]]:
-    """All files that are not hidden, through linked folders too, unless a link leads back up."""
+def _files_below(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Paths of all files that are not hidden, in order; through linked folders too, unless a link
+    leads back up."""
     try:
         status = os.stat(folder)
-        items = sorted(os.scandir(folder), key=lambda item: item.name)
+        names = _names_in(folder)
     except (FileNotFoundError, NotADirectoryError):
         return
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
-    for item in items:
-        if item.name.startswith("."):
-            continue
-        if item.is_dir():
-            yield from _files_below(item.path, (*above, here))
-        elif item.is_file():
-            yield item
+    for name in names:
+        if name.endswith("/"):
+            yield from _files_below(os.path.join(folder, name[:-1]), (*above, here))
+        else:
+            yield os.path.join(folder, name)
+
+
+def _names_in(folder: str) -> list[str]:
+    """Files and folders directly in a folder; a folder's name ends in '/', to sort as keys do."""
+    names = []
+    with os.scandir(folder) as items:
+        for item in items:
+            if item.name.startswith("."):
+                continue
+            if item.is_dir():
+                names.append(f"{item.name}/")
+            elif item.is_file():
+                names.append(item.name)
+    return sorted(names)
 
 
 def _free(folder: Path) -> str:

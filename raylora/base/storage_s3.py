@@ -88,14 +88,15 @@ class S3Storage(Storage):
         return unsure and self.read(key) == data
 
     def entries(self, prefix: str = "") -> list[Entry]:
+        return sorted(self.scan(prefix), key=lambda entry: entry.key)
+
+    def scan(self, prefix: str = "") -> Iterator[Entry]:
         folder = self.prefix + (f"{checked_key(prefix.removesuffix('/'))}/" if prefix else "")
-        found: list[Entry] = []
         for item in self._listing(prefix, folder):
             key = item["Key"][len(self.prefix) :]
             # Folder markers end in '/', which no key does.
             if is_key(key):
-                found.append(Entry(key, item["Size"], item["ETag"].strip('"')))
-        return sorted(found, key=lambda entry: entry.key)
+                yield Entry(key, item["Size"], item["ETag"].strip('"'))
 
     def entry(self, key: str) -> Entry | None:
         name = self._name(key)

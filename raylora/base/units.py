@@ -10,6 +10,11 @@ def gib(count: float) -> str:
     return f"{count / GIB:.2f} GiB"
 
 
+def kib(count: float) -> str:
+    """Bytes as KiB with one digit, e.g. '231.0 KiB'."""
+    return f"{count / 2**10:.1f} KiB"
+
+
 def mib(count: float) -> str:
     """Bytes as MiB with one digit, e.g. '7.1 MiB'."""
     return f"{count / 2**20:.1f} MiB"

@@ -13,12 +13,49 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
 from raylora.base.errors import DataError, OptionError
+from raylora.base.options import Options
 
 Size = tuple[int, int]
 """Width and height in pixels."""
 Fit = Literal["crop", "pad"]
+Interpolation = Literal[
+    "lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"
+]
+
+# The VAEs of all families shrink by 8 or less, a power of two.
+PIXEL_STEP = 8
+
+
+class BucketWords(Options):
+    """Which shape an image is trained in."""
+
+    resolution: int | tuple[int, int] | None = None
+    """Side of the square, or [width, height], in pixels. With buckets: the area none exceeds. Null
+    is the size that the family was made for: 512 for Stable Diffusion 1.5."""
+    enable_bucket: bool = True
+    """Train each image near its own shape; off, every image is brought to `resolution`."""
+    min_bucket_reso: int | None = Field(None, ge=PIXEL_STEP)
+    """Shortest side of a bucket in pixels; null is half of `resolution`'s shorter side, at most
+    256."""
+    max_bucket_reso: int | None = Field(None, ge=PIXEL_STEP)
+    """Longest side of a bucket in pixels; null is twice `resolution`'s longer side, which clips no
+    usual shape."""
+    bucket_reso_steps: int | None = Field(None, ge=PIXEL_STEP, multiple_of=PIXEL_STEP)
+    """Sides of buckets are multiples of this many pixels; null is what suits the family: 64 for
+    Stable Diffusion 1.5."""
+    bucket_no_upscale: bool = False
+    """Never enlarge an image; buckets are then made from the images' own sizes."""
+    fit: Literal["crop", "pad"] = "crop"
+    """`crop` fills the bucket and cuts what sticks out, evenly; `pad` shows all of the image and
+    fills the rest with `background`, which suits icons and cut-outs."""
+    background: str = Field("#ffffff", pattern=r"^#[0-9a-fA-F]{6}$")
+    """Colour behind transparent pixels and around padded images, as #rrggbb."""
+    resize_interpolation: Interpolation | None = None
+    """How images are resized; null averages areas where both sides shrink, else Lanczos."""
+
 
 # An image is resized whole and then cropped, so a thin strip could ask for gigabytes.
 MAX_RESIZED_PIXELS = 178_956_970

@@ -92,7 +92,7 @@ class CacheIndex:
             found, first = np.unique(np.concatenate(keys), return_index=True)
             self._keys, self._places = found, np.concatenate(places)[first]
 
-    def contains(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
+    def contains(self, keys: Sequence[bytes] | NDArray[np.bytes_]) -> NDArray[np.bool_]:
         """Which of the keys are cached."""
         return self._positions(keys)[1]
 
@@ -104,7 +104,9 @@ class CacheIndex:
         found = iter(Place(self._shards[shard], group, row) for shard, group, row in places)
         return [next(found) if here else None for here in known]
 
-    def _positions(self, keys: Sequence[bytes]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    def _positions(
+        self, keys: Sequence[bytes] | NDArray[np.bytes_]
+    ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
         wanted, have = _key_array(keys), self._keys
         if not len(have):
             return np.zeros(len(wanted), np.intp), np.zeros(len(wanted), np.bool_)
@@ -112,7 +114,9 @@ class CacheIndex:
         return positions, have[positions] == wanted
 
 
-def _key_array(keys: Sequence[bytes]) -> NDArray[np.bytes_]:
+def _key_array(keys: Sequence[bytes] | NDArray[np.bytes_]) -> NDArray[np.bytes_]:
+    if isinstance(keys, np.ndarray):
+        return keys
     return np.frombuffer(b"".join(keys), f"S{_KEY_BYTES}")
 
 

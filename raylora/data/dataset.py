@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from raylora.base.encoder import Encoder
@@ -23,12 +24,13 @@ from raylora.data.cache_read import CacheReader
 from raylora.data.decode import decoder_name
 from raylora.data.encode import ItemReport, run_item
 from raylora.data.local_cache import default_local_folder
+from raylora.data.options import DataOptions, SetOptions
+from raylora.data.pictures import PictureSource
 from raylora.data.plan import CachePlan, PlanFacts, WorkItem, prepare
 from raylora.data.quarantine import check_bad_share, write_quarantine
 from raylora.data.recipe import text_key
-from raylora.data.remembered import Seen, SourceMemory
-from raylora.data.rows import BadSample, Row
-from raylora.data.source import DataOptions
+from raylora.data.remembered import SourceMemory
+from raylora.data.rows import KEY_BYTES, BadSample, Row, Rows
 
 __all__ = [
     "BadSample",
@@ -38,6 +40,7 @@ __all__ = [
     "ItemReport",
     "PlanFacts",
     "Row",
+    "Rows",
     "WorkItem",
     "load_dataset",
     "prepare",
@@ -48,24 +51,30 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows whose tensors are all cached; pickles without them, opens the cache where it lands."""
+    """Rows whose tensors are cached; pickles without them, opens the cache where it lands."""
 
-    rows: tuple[Row, ...]
-    """Sorted by key."""
+    rows: Rows
+    """Sets in their order, each sorted by key."""
     bad: tuple[BadSample, ...]
     facts: PlanFacts
     local_dir: str | None = None
     """Folder of the local cache; None is `default_local_folder` of the machine it lands on."""
+    held_out: Dataset | None = None
+    """Rows of `validation_split`, with nothing about them drawn."""
 
     def fetch(self, rows: Sequence[Row]) -> list[dict[str, NDArray[Any]]]:
-        """The tensors of each row, latents and text together, as read-only arrays."""
-        latents = self._latents.get([row.latents_key for row in rows])
-        texts = self._texts.get([row.text_key for row in rows])
+        """The tensors of each row's first variants, latents and text together, read-only."""
+        latents = self.fetch_pictures([row.latents_key for row in rows])
+        texts = self.fetch_texts([row.text_key for row in rows])
         return [{**text, **image} for image, text in zip(latents, texts, strict=True)]
 
-    def fetch_texts(self, captions: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
-        """The text tensors of captions that were cached: "" always, and those of the data set."""
-        return self._texts.get([text_key(caption) for caption in captions])
+    def fetch_pictures(self, keys: Sequence[bytes]) -> list[dict[str, NDArray[Any]]]:
+        """Cached pictures by their names, as read-only arrays."""
+        return self._latents.get(keys)
+
+    def fetch_texts(self, keys: Sequence[bytes]) -> list[dict[str, NDArray[Any]]]:
+        """Cached captions by their names; `text_key("")` is always among them."""
+        return self._texts.get(keys)
 
     def close(self) -> None:
         """Let go of files and threads; the next fetch opens them again."""
@@ -102,25 +111,23 @@ def load_dataset(plan: CachePlan, *, local_dir: str | None = None) -> Dataset:
     facts = plan.facts
     cache = open_storage(facts.cache_url)
     index = CacheIndex(cache, facts.latents_folder)
-    cached = index.contains([row.latents_key for row in plan.rows])
-    rows = tuple(row for row, here in zip(plan.rows, cached, strict=True) if here)
-    absent = [row for row, here in zip(plan.rows, cached, strict=True) if not here]
-    bad = tuple(sorted([*plan.bad, *_why_absent(plan, absent)], key=lambda one: one.key))
-    texts = {row.text_key for row in rows} | {text_key("")}
-    lacking = CacheIndex(cache, facts.text_folder).contains(list(texts))
-    if not lacking.all():
-        raise DataError(
-            f"{cache.url}: {int((~lacking).sum())} of {len(texts)} texts are not in the cache. "
-            "Run `raylora cache` with the same job to make them."
-        )
+    live = facts.data.pictures_live
+    cached = np.ones(len(plan.rows), np.bool_) if live else _cached(index, plan.rows.latents_keys)
+    held = _cached(index, plan.held_out.latents_keys)
+    absent = [*plan.rows.take(~cached), *plan.held_out.take(~held)]
+    bad = sorted([*plan.bad, *_why_absent(plan, absent)], key=lambda one: (one.set, one.key))
+    rows, held_out = plan.rows.take(cached), plan.held_out.take(held)
+    _check_texts(cache, facts, [held_out] if facts.data.texts_live else [rows, held_out])
     if absent:
-        write_quarantine(cache, open_storage(facts.data.folder).url, bad)
-    check_bad_share(bad, len(plan.rows) + len(plan.bad), facts.data, cache.url)
-    return Dataset(rows, bad, facts, local_dir)
+        write_quarantine(cache, facts.folders, bad)
+    check_bad_share(bad, plan.images, facts.data, cache.url)
+    others = Dataset(held_out, (), facts, local_dir) if len(held_out) else None
+    return Dataset(rows, tuple(bad), facts, local_dir, others)
 
 
 def prepare_and_encode(
     data: DataOptions,
+    sets: Sequence[SetOptions],
     cache_url: str,
     *,
     latents_facts: dict[str, Any],
@@ -140,6 +147,7 @@ def prepare_and_encode(
     """
     plan = prepare(
         data,
+        sets,
         cache_url,
         latents_facts=latents_facts,
         text_facts=text_facts,
@@ -153,26 +161,45 @@ def prepare_and_encode(
     return load_dataset(plan, local_dir=local_dir)
 
 
+def _cached(index: CacheIndex, keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Of rows' names (N, V, 16): which rows have all of them in the cache."""
+    names = np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
+    known = index.contains(names).reshape(keys.shape[:2])
+    whole: NDArray[np.bool_] = np.asarray(known.all(axis=1))
+    return whole
+
+
+def _check_texts(cache: Any, facts: PlanFacts, sides: Sequence[Rows]) -> None:
+    index = CacheIndex(cache, facts.text_folder)
+    lacking = sum(int((~_cached(index, rows.text_keys)).sum()) for rows in sides)
+    empty = "" if index.contains([text_key("")])[0] else " and the empty one"
+    if lacking or empty:
+        raise DataError(
+            f"{cache.url}: the captions of {lacking} images{empty} are not in the cache. Run "
+            "`raylora cache` with the same job to make them."
+        )
+
+
 def _why_absent(plan: CachePlan, absent: Sequence[Row]) -> list[BadSample]:
     """The reasons why rows have no latents, as the work items remembered them."""
-    if not absent:
-        return []
     facts = plan.facts
-    source = open_storage(facts.data.folder)
-    memory = SourceMemory(
-        open_storage(facts.cache_url),
-        facts.sources_folder,
-        judges=(decoder_name(), facts.latents_folder),
-    )
-    memory.load()
+    cache = open_storage(facts.cache_url)
     found: list[BadSample] = []
-    for row in absent:
-        entry = source.entry(row.key)
-        seen: Seen | None = memory.get(entry) if entry else None
-        if seen is None or seen.bad is None:
-            raise DataError(
-                f"{row.key}: its latents are not in the cache {facts.cache_url}, or it changed "
-                "while they were made. Run the same command again."
-            )
-        found.append(BadSample(row.key, seen.bad))
+    for number in sorted({row.set for row in absent}):
+        source = PictureSource(facts.sets[number], cache).storage
+        memory = SourceMemory(
+            cache, facts.memory_folders[number], judges=(decoder_name(), facts.latents_folder)
+        )
+        memory.load()
+        for row in absent:
+            if row.set != number:
+                continue
+            entry = source.entry(row.key)
+            reason = memory.reason(entry) if entry else None
+            if reason is None:
+                raise DataError(
+                    f"{row.key}: its latents are not in the cache {facts.cache_url}, or it changed "
+                    "while they were made. Run the same command again."
+                )
+            found.append(BadSample(row.key, reason, number))
     return found

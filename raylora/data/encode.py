@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 from raylora.base.encoder import Encoder
 from raylora.base.errors import DataError, MissingObject
 from raylora.base.log import get_logger
-from raylora.base.storage import Storage, open_storage
+from raylora.base.seeds import sample_number
+from raylora.base.storage import open_storage
 from raylora.data.cache_write import ShardWriter
-from raylora.data.decode import decode_image, decoder_name, encoder_input, fit_image
-from raylora.data.plan import PlanFacts, WorkItem
+from raylora.data.decode import decoder_name
+from raylora.data.masks import latent_mask
+from raylora.data.pictures import ImageFile, PictureSource, Shown
+from raylora.data.plan import Picture, PlanFacts, WorkItem
 from raylora.data.prefetch import map_ahead
-from raylora.data.recipe import latents_key
+from raylora.data.recipe import LatentsNamer
 from raylora.data.remembered import Seen, SourceMemory
 from raylora.data.rows import BadSample
-from raylora.data.source import DataOptions
+from raylora.data.variants import draw_picture
 
 log = get_logger("cache")
 
@@ -30,6 +33,7 @@ _DECODE_THREADS = 4
 _DECODE_AHEAD = 8
 
 T = TypeVar("T")
+Tensors = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +48,18 @@ class ItemReport:
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """An image as the encoder takes it, and the facts kept beside its latents."""
+    """A picture as the encoder takes it, and the facts kept beside its latents."""
 
     entry_key: bytes
-    sample_key: str
+    key: str
     sha256: bytes
-    pixels: NDArray[np.float32]
+    shown: Shown
     facts: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
-    sample_key: str
+    key: str
     reason: str
     sha256: bytes = b""
     """Of the bytes at fault; empty when the failure is not one of bytes."""
@@ -95,9 +99,10 @@ def run_item(
     else:
         failed = _encode_images(facts, item, encoder, writer, image_batch)
     writer.flush()
-    bad = tuple(BadSample(one.sample_key, one.reason) for one in failed)
+    bad = {one.key: BadSample(one.key, one.reason, item.set) for one in failed}
+    lost = sum(len(picture.looks) for picture in item.pictures if picture.key in bad)
     report = ItemReport(
-        len(item.entries) - len(bad), bad, writer.written_bytes, time.monotonic() - began
+        item.count - lost, tuple(bad.values()), writer.written_bytes, time.monotonic() - began
     )
     log.info(
         "%s %s: %d encoded, %d bad, %.1f s",
@@ -106,88 +111,140 @@ def run_item(
     return report
 
 
+def encode_pictures(encoder: Encoder, shown: Sequence[Shown]) -> list[Tensors]:
+    """The tensors of pictures of one bucket, with their masks in latent cells."""
+    tensors = encoder.encode_images(np.stack([one.pixels for one in shown]))
+    rows = []
+    for number, one in enumerate(shown):
+        row = {name: tensor[number] for name, tensor in tensors.items()}
+        if one.mask is not None:
+            height, width = row["latents"].shape[-2:]
+            row["mask"] = latent_mask(one.mask, (height, width))
+        rows.append(row)
+    return rows
+
+
+def encode_captions(encoder: Encoder, captions: Sequence[str], batch: int) -> list[Tensors]:
+    """The tensors of at most `batch` captions, encoded as if there were `batch` of them.
+
+    Raises:
+        DataError: the encoder gave NaN or infinity.
+    """
+    tensors = encoder.encode_texts([*captions, *[""] * (batch - len(captions))])
+    rows = [
+        {name: tensor[number] for name, tensor in tensors.items()}
+        for number in range(len(captions))
+    ]
+    for row, caption in zip(rows, captions, strict=True):
+        if not is_finite(row):
+            raise DataError(
+                f"The text encoder gave NaN or infinity for the caption {caption!r}. Load it in a "
+                "wider dtype (bfloat16 or float32)."
+            )
+    return rows
+
+
+def is_finite(tensors: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether no tensor holds NaN or infinity."""
+    return all(
+        bool(np.isfinite(tensor).all())
+        for tensor in tensors.values()
+        if np.issubdtype(tensor.dtype, np.floating)
+    )
+
+
 def _encode_texts(item: WorkItem, encoder: Encoder, writer: ShardWriter, batch: int) -> None:
-    for entries in _batches(item.entries, batch):
-        captions = [caption for _, caption in entries]
-        filled = captions + [""] * (batch - len(captions))
-        tensors = encoder.encode_texts(filled)
-        for number, (key, caption) in enumerate(entries):
-            row = {name: tensor[number] for name, tensor in tensors.items()}
-            if not _is_finite(row):
-                raise DataError(
-                    f"The text encoder gave NaN or infinity for the caption {caption!r}. Load it "
-                    "in a wider dtype (bfloat16 or float32)."
-                )
+    for entries in _batches(item.texts, batch):
+        rows = encode_captions(encoder, [caption for _, caption in entries], batch)
+        for (key, caption), row in zip(entries, rows, strict=True):
             writer.add(key, row, {"caption": caption})
 
 
 def _encode_images(
     facts: PlanFacts, item: WorkItem, encoder: Encoder, writer: ShardWriter, batch: int
 ) -> list[_Failed]:
-    source = open_storage(facts.data.folder)
+    options = facts.sets[item.set]
+    source = PictureSource(options, open_storage(facts.cache_url))
+    loader = _Loader(source, item.set, facts.data.variant_seed)
     failed: list[_Failed] = []
-
-    def load(entry: tuple[bytes, str]) -> _Ready | _Failed:
-        return _load(source, facts.data, *entry)
-
-    loaded = map_ahead(load, item.entries, threads=_DECODE_THREADS, ahead=_DECODE_AHEAD)
+    loaded = map_ahead(loader.load, item.pictures, threads=_DECODE_THREADS, ahead=_DECODE_AHEAD)
     for images in _batches(_good(loaded, failed), batch):
-        tensors = encoder.encode_images(np.stack([image.pixels for image in images]))
-        for number, image in enumerate(images):
-            row = {name: tensor[number] for name, tensor in tensors.items()}
-            if _is_finite(row):
+        rows = encode_pictures(encoder, [image.shown for image in images])
+        for image, row in zip(images, rows, strict=True):
+            if is_finite(row):
                 writer.add(image.entry_key, row, image.facts)
             else:
                 reason = "the image encoder gave NaN or infinity; try it in a wider dtype"
-                failed.append(_Failed(image.sample_key, reason, image.sha256, facts.latents_folder))
-    _remember(facts, source, failed)
+                failed.append(_Failed(image.key, reason, image.sha256, facts.latents_folder))
+    _remember(facts, item.set, source, failed)
     return failed
 
 
-def _good(loaded: Iterable[_Ready | _Failed], failed: list[_Failed]) -> Iterator[_Ready]:
+def _good(loaded: Iterable[list[_Ready] | _Failed], failed: list[_Failed]) -> Iterator[_Ready]:
     for one in loaded:
         if isinstance(one, _Failed):
             failed.append(one)
         else:
-            yield one
+            yield from one
 
 
-def _load(source: Storage, data: DataOptions, entry_key: bytes, key: str) -> _Ready | _Failed:
-    """Fetch and decode one image, and bring it to its bucket."""
-    try:
-        content = source.read(key)
-    except MissingObject:
-        return _Failed(key, "deleted since the folder was listed")
-    digest = hashlib.sha256(content).digest()
-    try:
-        pixels = decode_image(content, key, data.colour)
-    except DataError as error:
-        reason = str(error).removeprefix(f"{key}: ")
-        return _Failed(key, reason, digest, decoder_name())
-    size = (pixels.shape[1], pixels.shape[0])
-    geometry = data.buckets.place(size, data.fit)
-    if latents_key(digest, geometry, data.fit) != entry_key:
-        return _Failed(key, "changed since the folder was listed; run the same command again")
-    facts = {
-        "key": key,
-        "sha256": digest.hex(),
-        "original_size": size,
-        "resized": geometry.resized,
-        "crop": geometry.crop,
-        "paste": geometry.paste,
-    }
-    return _Ready(
-        entry_key, key, digest, encoder_input(fit_image(pixels, geometry, data.colour)), facts
-    )
+class _Loader:
+    """Fetches and decodes images, and brings them to their buckets."""
+
+    def __init__(self, source: PictureSource, of_set: int, variant_seed: int) -> None:
+        self._source, self._set, self._seed = source, of_set, variant_seed
+        self._namer = LatentsNamer(source.options)
+
+    def load(self, picture: Picture) -> list[_Ready] | _Failed:
+        """All pictures of an image that are missing, or why there are none."""
+        key = picture.key
+        try:
+            content = self._source.storage.read(key)
+        except MissingObject:
+            return _Failed(key, "deleted since the folder was listed")
+        digest = hashlib.sha256(content).digest()
+        try:
+            file = self._source.open(key, content, picture.mask)
+            ready = [self._show(file, entry, variant) for entry, variant in picture.looks]
+        except MissingObject:
+            return _Failed(key, "its mask was deleted since the folder was listed")
+        except DataError as error:
+            return _Failed(key, str(error), digest, decoder_name())
+        if None in ready:
+            return _Failed(key, "changed since the folder was listed; run the same command again")
+        return [one for one in ready if one is not None]
+
+    def _show(self, file: ImageFile, entry_key: bytes, variant: int) -> _Ready | None:
+        """One picture of an image; None where it is not what was asked for."""
+        number = sample_number(file.key, 0, self._set)
+        options, seed = self._source.options, self._seed
+        look = draw_picture(options, file.size, file.key, number, seed=seed, variant=variant)
+        if self._namer.key(file.sha256, look, file.mask_name) != entry_key:
+            return None
+        place = look.geometry
+        facts: dict[str, Any] = {
+            "key": file.key,
+            "sha256": file.sha256.hex(),
+            "original_size": file.size,
+            "resized": place.resized,
+            "crop": place.crop,
+            "paste": place.paste,
+        }
+        if options.draws_pictures:
+            facts |= {"flip": look.flip, "hue": look.hue, "gamma": look.gamma}
+        return _Ready(entry_key, file.key, file.sha256, self._source.show(file, look), facts)
 
 
-def _remember(facts: PlanFacts, source: Storage, failed: list[_Failed]) -> None:
+def _remember(
+    facts: PlanFacts, of_set: int, source: PictureSource, failed: Sequence[_Failed]
+) -> None:
     """Note bad images beside the other sources, so that the next run does not fetch them."""
-    memory = SourceMemory(open_storage(facts.cache_url), facts.sources_folder)
+    memory = SourceMemory(open_storage(facts.cache_url), facts.memory_folders[of_set])
+    storage = source.storage
     for one in failed:
-        entry = source.entry(one.sample_key) if one.sha256 else None
+        entry = storage.entry(one.key) if one.sha256 else None
         # The file may have been repaired meanwhile; a verdict on old bytes must not stick to it.
-        if entry and hashlib.sha256(source.read(entry.key)).digest() == one.sha256:
+        if entry and hashlib.sha256(storage.read(entry.key)).digest() == one.sha256:
             memory.add(
                 Seen(
                     *(entry.key, entry.size_bytes, entry.tag, one.sha256),
@@ -207,11 +264,3 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
             batch = []
     if batch:
         yield batch
-
-
-def _is_finite(tensors: dict[str, NDArray[Any]]) -> bool:
-    return all(
-        bool(np.isfinite(tensor).all())
-        for tensor in tensors.values()
-        if np.issubdtype(tensor.dtype, np.floating)
-    )

@@ -1,47 +1,52 @@
-"""What a data set consists of and what is still to be encoded, learnt with as few reads as can be.
+"""What a data set consists of and what is still to be encoded.
 
-`prepare` lists the folder, fetches files that are new or changed to learn their hash, size and
-caption, and compares with the cache. The work that is missing is cut into items that any process
-can do with nothing but the item and the plan's facts.
+`prepare` examines every set, balances regularisation images, and compares with the cache. The work
+that is missing is cut into items that any process can do with nothing but the item and the plan's
+facts.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from raylora.base.errors import DataError, MissingObject
+import numpy as np
+from numpy.typing import NDArray
+
+from raylora.base.errors import DataError
 from raylora.base.log import get_logger
-from raylora.base.storage import Entry, Storage, open_storage
+from raylora.base.storage import Storage, open_storage
+from raylora.data.balance import balanced_repeats
 from raylora.data.bucket import Size
 from raylora.data.cache_index import CacheIndex
 from raylora.data.cache_write import ROW_GROUP_BYTES
-from raylora.data.captions import caption_of, read_caption
-from raylora.data.decode import decoder_name, read_size
-from raylora.data.prefetch import map_ahead
+from raylora.data.decode import decoder_name
+from raylora.data.examine import Examined, Memories, examine_set
+from raylora.data.options import DataOptions, SetOptions
 from raylora.data.quarantine import check_bad_share, write_quarantine
-from raylora.data.recipe import (
-    Kind,
-    latents_key,
-    latents_recipe,
-    text_key,
-    text_recipe,
-    write_recipe,
-)
-from raylora.data.remembered import Seen, SourceMemory, sources_folder
-from raylora.data.rows import BadSample, Row
-from raylora.data.source import DataOptions, Sample, read_listing
+from raylora.data.recipe import Kind, latents_recipe, text_key, text_recipe, write_recipe
+from raylora.data.rows import KEY_BYTES, BadSample, Rows, joined
+from raylora.data.variants import PLAIN, draw_text
 
 log = get_logger("data")
 
-_FETCH_THREADS = 16
 # Entries in a work item at most: enough for a shard, little enough to share out and to repeat.
 ITEM_ENTRIES = 1024
 _NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image of which latents are missing."""
+
+    key: str
+    mask: str | None
+    """The mask's key, where the set has a mask folder."""
+    looks: tuple[tuple[bytes, int], ...]
+    """Entry key and variant of each picture that is missing; PLAIN for a held-out image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +54,18 @@ class WorkItem:
     """Entries for one process to encode and put into one shard, or a few."""
 
     kind: Kind
-    bucket: Size | None
+    set: int = 0
+    """Whose pictures they are."""
+    bucket: Size | None = None
     """The bucket of latents; None for text."""
-    entries: tuple[tuple[bytes, str], ...]
-    """Entry key, and the image's key or the caption."""
+    pictures: tuple[Picture, ...] = ()
+    texts: tuple[tuple[bytes, str], ...] = ()
+    """Entry key and caption."""
+
+    @property
+    def count(self) -> int:
+        """How many entries it makes."""
+        return len(self.texts) + sum(len(picture.looks) for picture in self.pictures)
 
 
 @dataclass(frozen=True)
@@ -60,10 +73,13 @@ class PlanFacts:
     """All that a work item needs besides itself; small, and safe to send to another machine."""
 
     data: DataOptions
+    sets: tuple[SetOptions, ...]
     cache_url: str
     latents_folder: str
     text_folder: str
-    sources_folder: str
+    folders: tuple[str, ...]
+    """URL of each set's images, as the planner names it."""
+    memory_folders: tuple[str, ...]
     """Where verdicts on files go, though a worker may know the data folder by another path."""
     row_group_bytes: int = ROW_GROUP_BYTES
     flush_seconds: float = 60.0
@@ -74,21 +90,27 @@ class CachePlan:
     """The data set as it will be once `items` are done."""
 
     facts: PlanFacts
-    rows: tuple[Row, ...]
-    """Good so far, sorted by key; an image may still turn out bad when it is decoded whole."""
+    rows: Rows
+    """Good so far, sets in their order, each sorted by key; an image may still turn out bad when it
+    is decoded whole."""
+    held_out: Rows
+    """Rows of `validation_split`."""
     bad: tuple[BadSample, ...]
     items: tuple[WorkItem, ...]
     """What is missing in the cache."""
     notes: tuple[str, ...]
     """What a person should know about files that are not used."""
+    images: int
+    """How many were listed, bad ones too."""
 
     def missing(self, kind: Kind) -> int:
         """How many latents, or texts, are still to be encoded."""
-        return sum(len(item.entries) for item in self.items if item.kind == kind)
+        return sum(item.count for item in self.items if item.kind == kind)
 
 
 def prepare(
     data: DataOptions,
+    sets: Sequence[SetOptions],
     cache_url: str,
     *,
     latents_facts: dict[str, Any],
@@ -103,6 +125,7 @@ def prepare(
 
     Args:
         data: the job's `data:` section.
+        sets: its sets, whole (`options.resolve`).
         cache_url: where the cache is, or is to be.
         latents_facts, text_facts: what names the encoders' recipes, JSON values only.
         workers: how many will share the work; there are twice as many items where entries allow.
@@ -114,154 +137,179 @@ def prepare(
     Raises:
         DataError: there are no images, captions are missing, or more than `data.max_bad` are bad.
     """
-    source, cache = open_storage(data.folder), open_storage(cache_url)
-    listing = read_listing(source, data)
-    for note in listing.notes:
-        log.warning("%s", note)
-    latents_folder = write_recipe(cache, latents_recipe(latents_facts, data))
+    cache = open_storage(cache_url)
+    latents_folder = write_recipe(cache, latents_recipe(latents_facts))
     text_folder = write_recipe(cache, text_recipe(text_facts))
-    memory = SourceMemory(
-        cache, sources_folder(source.url), judges=(decoder_name(), latents_folder)
-    )
-    memory.load()
-    seen = _look_at(source, listing.samples, memory, trust=not rehash)
-    rows, bad = _rows(listing.samples, seen, data)
-    write_quarantine(cache, source.url, bad)
-    check_bad_share(bad, len(listing.samples), data, cache.url)
-
-    images = {row.latents_key: row for row in rows}
-    texts = {text_key(text): text for text in ("", *extra_captions, *(row.caption for row in rows))}
-    latents = _absent(CacheIndex(cache, latents_folder), images)
-    text = _absent(CacheIndex(cache, text_folder), texts)
-    items = [
-        *_latents_items([images[key] for key in latents], workers, item_entries),
-        *_text_items([(key, texts[key]) for key in text], workers, item_entries),
+    memories = Memories(cache, (decoder_name(), latents_folder))
+    examined = [
+        examine_set(number, options, data, cache, memories, trust=not rehash)
+        for number, options in enumerate(sets)
     ]
-    log.info(
-        "%d images, %d bad; to encode: %d of %d latents, %d of %d texts",
-        *(len(listing.samples), len(bad), len(latents), len(images), len(text), len(texts)),
-    )
+    notes = [note for one in examined for note in one.notes]
+    bad = [sample for one in examined for sample in one.bad]
+    listed = sum(one.images for one in examined)
+    write_quarantine(cache, [one.folder for one in examined], bad)
+    _check_captions(examined, sets)
+    check_bad_share(bad, listed, data, cache.url)
+    rows = _balanced([one.training for one in examined], sets, notes)
+    held_out = joined([one.held_out for one in examined])
+    for note in notes:
+        log.warning("%s", note)
     facts = PlanFacts(
-        *(data, cache.url, latents_folder, text_folder, sources_folder(source.url)),
+        data,
+        tuple(sets),
+        cache.url,
+        latents_folder,
+        text_folder,
+        folders=tuple(one.folder for one in examined),
+        memory_folders=tuple(one.memory_folder for one in examined),
         row_group_bytes=row_group_bytes,
     )
-    return CachePlan(facts, tuple(rows), tuple(bad), tuple(items), tuple(listing.notes))
-
-
-def _look_at(
-    source: Storage, samples: list[Sample], memory: SourceMemory, *, trust: bool
-) -> dict[str, Seen]:
-    """What every file of the data set holds, fetching those that are new or changed."""
-    images = {sample.image.key: sample.image for sample in samples}
-    captions = {sample.caption.key: sample.caption for sample in samples if sample.caption}
-    entries = images | captions
-    seen = {key: memory.get(entry) if trust else None for key, entry in entries.items()}
-    fresh = [entries[key] for key, known in seen.items() if known is None]
-
-    def look(entry: Entry) -> Seen:
-        return _fetch(source, entry, is_image=entry.key in images)
-
-    try:
-        for found in map_ahead(look, fresh, threads=_FETCH_THREADS, ahead=4 * _FETCH_THREADS):
-            seen[found.key] = found
-            if found.sha256:
-                memory.add(found)
-    finally:  # what was learnt before an error or Ctrl-C is not lost
-        memory.flush()
-    return {key: known for key, known in seen.items() if known is not None}
-
-
-def _fetch(source: Storage, entry: Entry, *, is_image: bool) -> Seen:
-    """Read one file; a file that cannot be used is a finding, not an error."""
-    facts = (entry.key, entry.size_bytes, entry.tag)
-    try:
-        data = source.read(entry.key)
-    except MissingObject:
-        return Seen(*facts, b"", bad="deleted while the folder was read")
-    digest = hashlib.sha256(data).digest()
-    try:
-        if is_image:
-            return Seen(*facts, digest, size=read_size(data, entry.key))
-        return Seen(*facts, digest, caption=read_caption(data))
-    except DataError as error:
-        reason = str(error).removeprefix(f"{entry.key}: ")
-        return Seen(*facts, digest, bad=reason, judge=decoder_name())
-
-
-def _rows(
-    samples: list[Sample], seen: dict[str, Seen], data: DataOptions
-) -> tuple[list[Row], list[BadSample]]:
-    rows: list[Row] = []
-    bad: list[BadSample] = []
-    uncaptioned: list[str] = []
-    for sample in samples:
-        image = seen[sample.image.key]
-        caption = seen[sample.caption.key] if sample.caption else None
-        reason = image.bad or (caption and caption.bad)
-        if reason:
-            bad.append(BadSample(sample.key, reason))
-            continue
-        try:
-            text = caption_of(sample, caption.caption if caption else None, data)
-        except DataError as error:
-            uncaptioned.append(str(error))
-            continue
-        try:
-            rows.append(_row(sample, image, text, data))
-        except DataError as error:
-            bad.append(BadSample(sample.key, str(error)))
-    if uncaptioned:
-        raise DataError(_without_caption(uncaptioned))
-    return rows, bad
-
-
-def _row(sample: Sample, image: Seen, caption: str, data: DataOptions) -> Row:
-    geometry = data.buckets.place(image.size, data.fit)
-    return Row(
-        key=sample.key,
-        repeats=sample.repeats,
-        bucket=geometry.bucket,
-        latents_key=latents_key(image.sha256, geometry, data.fit),
-        text_key=text_key(caption),
-        caption=caption,
-        original_size=image.size,
-        crop=geometry.crop,
+    items = _Missing(facts, cache, rows, held_out, extra_captions).items(workers, item_entries)
+    plan = CachePlan(facts, rows, held_out, tuple(bad), tuple(items), tuple(notes), listed)
+    log.info(
+        "%d images, %d bad; to encode: %d pictures, %d captions",
+        *(listed, len(bad), plan.missing("latents"), plan.missing("text")),
     )
+    return plan
 
 
-def _without_caption(messages: list[str]) -> str:
-    if len(messages) == 1:
-        return messages[0]
-    others = [message.partition(":")[0] for message in messages[1:]]
-    more = ", …" if len(others) > _NAMED else "."
-    return f"{messages[0]} So have {len(others)} more: {', '.join(others[:_NAMED])}{more}"
+def _balanced(parts: list[Rows], sets: Sequence[SetOptions], notes: list[str]) -> Rows:
+    """All rows, with regularisation images shown as often as the others of their group."""
+    for group in sorted({options.group for options in sets if options.is_reg}):
+        members = [number for number, options in enumerate(sets) if options.group == group]
+        reg = [number for number in members if sets[number].is_reg]
+        target = sum(int(parts[number].repeats.sum()) for number in members if number not in reg)
+        if not target:
+            raise DataError(
+                f"data: the regularisation images of group {group} have no other images to keep "
+                "the balance with. Add a set of the same group without is_reg."
+            )
+        showings = balanced_repeats(
+            np.concatenate([parts[number].repeats for number in reg]).astype(np.int64), target
+        )
+        left_out = int((showings == 0).sum())
+        if left_out:
+            notes.append(
+                f"{left_out} of {len(showings)} regularisation images are not used: the first "
+                f"{len(showings) - left_out} are as many showings as the {target} of the others."
+            )
+        ends = np.cumsum([len(parts[number]) for number in reg])[:-1]
+        for number, part in zip(reg, np.split(showings, ends), strict=True):
+            shown = replace(parts[number], repeats=part.astype(np.int32))
+            parts[number] = shown.take(part > 0)
+    return joined(parts)
 
 
-def _absent(index: CacheIndex, keys: Iterable[bytes]) -> list[bytes]:
-    wanted = list(keys)
-    cached = index.contains(wanted)
-    return [key for key, here in zip(wanted, cached, strict=True) if not here]
+def _check_captions(examined: Sequence[Examined], sets: Sequence[SetOptions]) -> None:
+    """Refuse images without any caption, naming the first few."""
+    for one, options in zip(examined, sets, strict=True):
+        if not one.uncaptioned:
+            continue
+        looked_for = " and ".join(options.caption_extensions) or "no ending"
+        first, *others = one.uncaptioned
+        named = ", ".join(others[:_NAMED]) + (", …" if len(others) > _NAMED else ".")
+        more = f" So have {len(others)} more: {named}" if others else ""
+        raise DataError(
+            f"{first}: no caption beside the image (looked for {looked_for}). Write one, set "
+            f"data.default_caption, or put the image in a folder named N_concept.{more}"
+        )
 
 
-def _latents_items(rows: list[Row], workers: int, most: int) -> Iterable[WorkItem]:
-    buckets: dict[Size, list[tuple[bytes, str]]] = defaultdict(list)
-    for row in rows:
-        buckets[row.bucket].append((row.latents_key, row.key))
-    size = _item_size(len(rows), workers, most)
-    for bucket, entries in sorted(buckets.items()):
-        yield from (WorkItem("latents", bucket, part) for part in _parts(entries, size))
+class _Missing:
+    """Finds what the cache lacks, and cuts it into work items."""
+
+    def __init__(
+        self,
+        facts: PlanFacts,
+        cache: Storage,
+        rows: Rows,
+        held_out: Rows,
+        extra_captions: Sequence[str],
+    ) -> None:
+        self._facts, self._rows, self._held_out = facts, rows, held_out
+        self._latents = CacheIndex(cache, facts.latents_folder)
+        self._texts = CacheIndex(cache, facts.text_folder)
+        self._extra = extra_captions
+
+    def items(self, workers: int, most: int) -> list[WorkItem]:
+        """What is missing: pictures of one bucket together, then captions."""
+        pictures: dict[tuple[int, Size], list[Picture]] = defaultdict(list)
+        for number, bucket, picture in self._pictures():
+            pictures[number, bucket].append(picture)
+        texts = list(self._captions())
+        count = sum(len(one.looks) for found in pictures.values() for one in found)
+        found = []
+        for (number, bucket), missing in sorted(pictures.items(), key=lambda pair: pair[0]):
+            size = _item_size(count, workers, most)
+            weights = [len(picture.looks) for picture in missing]
+            for start, end in _parts(weights, size):
+                found.append(WorkItem("latents", number, bucket, tuple(missing[start:end])))
+        size = _item_size(len(texts), workers, most)
+        for start, end in _parts([1] * len(texts), size):
+            found.append(WorkItem("text", texts=tuple(texts[start:end])))
+        return found
+
+    def _pictures(self) -> Iterator[tuple[int, Size, Picture]]:
+        live = self._facts.data.pictures_live
+        sides = [self._held_out] if live else [self._rows, self._held_out]
+        for rows, absent in zip(
+            sides, _absent(self._latents, [rows.latents_keys for rows in sides]), strict=True
+        ):
+            plain = rows is self._held_out
+            for index in np.flatnonzero(absent.any(axis=1)).tolist():
+                row = rows[index]
+                looks = tuple(
+                    (row.latents_keys[variant], PLAIN if plain else variant)
+                    for variant in np.flatnonzero(absent[index]).tolist()
+                )
+                yield row.set, row.bucket, Picture(row.key, row.mask, looks)
+
+    def _captions(self) -> Iterator[tuple[bytes, str]]:
+        extra = {text_key(text): text for text in ("", *self._extra)}
+        here = self._texts.contains(list(extra))
+        yield from (pair for pair, known in zip(extra.items(), here, strict=True) if not known)
+        live = self._facts.data.texts_live
+        sides = [self._held_out] if live else [self._rows, self._held_out]
+        seed = self._facts.data.variant_seed
+        for rows, absent in zip(
+            sides, _absent(self._texts, [rows.text_keys for rows in sides]), strict=True
+        ):
+            plain = rows is self._held_out
+            for index in np.flatnonzero(absent.any(axis=1)).tolist():
+                row = rows[index]
+                options = self._facts.sets[row.set]
+                for variant in np.flatnonzero(absent[index]).tolist():
+                    draw = PLAIN if plain else variant
+                    text = draw_text(options, row.caption, row.number, seed=seed, variant=draw)
+                    key = row.text_keys[variant]
+                    assert key == text_key(text)
+                    if key not in extra:
+                        yield key, text
 
 
-def _text_items(entries: list[tuple[bytes, str]], workers: int, most: int) -> Iterable[WorkItem]:
-    size = _item_size(len(entries), workers, most)
-    yield from (WorkItem("text", None, part) for part in _parts(entries, size))
+def _absent(index: CacheIndex, sides: list[NDArray[np.uint8]]) -> list[NDArray[np.bool_]]:
+    """For each side (N, V, 16): which entries are to be made, an entry of many rows once."""
+    flat = [keys.reshape(-1, KEY_BYTES) for keys in sides]
+    every = np.ascontiguousarray(np.concatenate(flat))
+    names = every.view(f"S{KEY_BYTES}").ravel()
+    wanted = np.zeros(len(names), np.bool_)
+    wanted[np.unique(names, return_index=True)[1]] = True
+    wanted &= ~index.contains(names)
+    ends = np.cumsum([len(part) for part in flat])[:-1]
+    parts = np.split(wanted, ends)
+    return [part.reshape(keys.shape[:2]) for part, keys in zip(parts, sides, strict=True)]
 
 
-def _parts(entries: list[tuple[bytes, str]], size: int) -> Iterable[tuple[tuple[bytes, str], ...]]:
-    """Parts of about equal length, none above `size`."""
-    count = -(-len(entries) // size)
-    ends = [len(entries) * part // count for part in range(count + 1)] if count else []
-    return (tuple(entries[start:end]) for start, end in pairwise(ends))
+def _parts(weights: Sequence[int], size: int) -> Iterable[tuple[int, int]]:
+    """Where to cut: parts of about equal weight, none far above `size`."""
+    total = sum(weights)
+    count = -(-total // size)
+    sums = np.cumsum([0, *weights])
+    cuts = np.searchsorted(
+        sums, [total * part / count for part in range(count + 1)] if count else []
+    )
+    return ((start, end) for start, end in pairwise(cuts.tolist()) if end > start)
 
 
 def _item_size(entries: int, workers: int, most: int) -> int:

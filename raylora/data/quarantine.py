@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from raylora.base.errors import DataError, MissingObject
 from raylora.base.storage import Storage
+from raylora.data.options import DataOptions
 from raylora.data.rows import BadSample
-from raylora.data.source import DataOptions
 
 QUARANTINE = "quarantine.jsonl"
 _NAMED = 5
@@ -32,21 +32,26 @@ def check_bad_share(
     )
 
 
-def write_quarantine(cache: Storage, folder_url: str, bad: Sequence[BadSample]) -> None:
-    """Bring the list of bad images of one data folder up to date, for people to read.
+def write_quarantine(cache: Storage, folders: Sequence[str], bad: Sequence[BadSample]) -> None:
+    """Bring the list of bad images of some data folders up to date, for people to read.
 
     The caches of several folders may share the list; lines of other folders stay.
+
+    Args:
+        folders: URL of each set's images, as `BadSample.set` counts them.
     """
     try:
         before = cache.read(QUARANTINE).decode().splitlines()
     except MissingObject:
         before = []
-    others = [line for line in before if json.loads(line)["folder"] != folder_url]
+    others = [line for line in before if json.loads(line)["folder"] not in folders]
     ours = [
         json.dumps(
-            {"folder": folder_url, "key": sample.key, "reason": sample.reason}, ensure_ascii=False
+            {"folder": folders[sample.set], "key": sample.key, "reason": sample.reason},
+            ensure_ascii=False,
         )
         for sample in bad
     ]
-    if others + ours != before:
-        cache.write(QUARANTINE, "".join(f"{line}\n" for line in others + ours).encode())
+    lines = list(dict.fromkeys(others + ours))
+    if lines != before:
+        cache.write(QUARANTINE, "".join(f"{line}\n" for line in lines).encode())

@@ -1,37 +1,34 @@
 """Names of what is cached: a folder for each recipe, 16 bytes for each entry, hashes of causes.
 
-Whatever changes an entry's numbers is hashed into its name, so a stale entry is never found: a new
-image or geometry makes a new key, another VAE, resolution or background another folder.
+Whatever changes an entry's numbers is hashed into its name, so a stale entry is never found:
+another image, cut or background makes another key; another VAE, text encoder or clip skip another
+folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raylora.base.storage import Storage
-from raylora.data.bucket import Geometry
-from raylora.data.source import DataOptions
+
+if TYPE_CHECKING:
+    from raylora.data.augment import Look
+    from raylora.data.options import SetOptions
 
 Kind = Literal["latents", "text"]
-# Raised when the code between a file and the encoder starts to give other numbers.
-_FORMAT = 1
+# Raised when the code between a file and the encoder starts to give other numbers: 2 decodes large
+# JPEGs at reduced scale.
+_FORMAT = 2
+_ROADS = 2**16
+ALPHA = b"alpha"
+"""In a mask's place: the picture's own alpha channel."""
 
 
-def latents_recipe(latents_facts: dict[str, Any], data: DataOptions) -> dict[str, Any]:
-    """All but the image itself that decides its latents."""
-    image = {
-        "resolution": list(data.size),
-        "enable_bucket": data.enable_bucket,
-        "min_bucket_reso": data.min_bucket_reso,
-        "max_bucket_reso": data.max_bucket_reso,
-        "bucket_reso_steps": data.bucket_reso_steps,
-        "bucket_no_upscale": data.bucket_no_upscale,
-        "fit": data.fit,
-        "background": data.background.lower(),
-    }
-    return {"kind": "latents", "format": _FORMAT, "encoder": latents_facts, "image": image}
+def latents_recipe(latents_facts: dict[str, Any]) -> dict[str, Any]:
+    """All but the picture itself that decides its latents."""
+    return {"kind": "latents", "format": _FORMAT, "encoder": latents_facts}
 
 
 def text_recipe(text_facts: dict[str, Any]) -> dict[str, Any]:
@@ -53,10 +50,29 @@ def write_recipe(cache: Storage, recipe: dict[str, Any]) -> str:
     return folder
 
 
-def latents_key(sha256: bytes, geometry: Geometry, fit: str) -> bytes:
-    """16 bytes that name the latents of an image brought to a bucket this way."""
-    road = [geometry.bucket, geometry.resized, geometry.crop, fit]
-    return _key(b"raylora latents", sha256 + _canonical(road))
+class LatentsNamer:
+    """Names the latents of a set's pictures; remembers what pictures of one shape share."""
+
+    def __init__(self, options: SetOptions) -> None:
+        self._same = [options.fit, options.background.lower(), options.resize_interpolation]
+        self._roads: dict[Look, bytes] = {}
+
+    def key(self, sha256: bytes, look: Look, mask: bytes = b"") -> bytes:
+        """16 bytes that name the latents of an image brought to its bucket this way.
+
+        Args:
+            sha256: of the image file.
+            mask: SHA-256 of the mask file, or ALPHA; empty without a mask.
+        """
+        road = self._roads.get(look)
+        if road is None:
+            place = look.geometry
+            cut = [place.bucket, place.resized, place.crop, place.paste]
+            road = _canonical([cut, look.flip, look.hue, look.gamma, self._same])
+            if len(self._roads) >= _ROADS:  # random cuts seldom come again
+                self._roads.clear()
+            self._roads[look] = road
+        return _key(b"raylora latents", sha256 + mask + road)
 
 
 def text_key(caption: str) -> bytes:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from raylora.base.columns import as_numpy
 from raylora.base.storage import Entry, Storage
 from raylora.data.bucket import Size
 from raylora.data.numbered import NumberedWriter, read_numbered
@@ -21,6 +25,8 @@ from raylora.data.recipe import hash16
 
 _FLUSH_ROWS = 4096
 _FLUSH_SECONDS = 10.0
+# Raised when what is remembered of a file changes: version 2 holds whole caption files.
+_FORMAT = 2
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -29,7 +35,7 @@ _SCHEMA = pa.schema(
         ("sha256", pa.binary(32)),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("caption", pa.string()),
+        ("caption", pa.large_string()),
         ("bad", pa.string()),
         ("judge", pa.string()),
     ]
@@ -47,7 +53,7 @@ class Seen:
     size: Size = (0, 0)
     """Width and height of an image."""
     caption: str | None = None
-    """First line of a caption file."""
+    """What a caption file says."""
     bad: str | None = None
     """Why it cannot be used."""
     judge: str = ""
@@ -56,7 +62,7 @@ class Seen:
 
 def sources_folder(folder_url: str) -> str:
     """The cache folder of what is remembered of a data folder."""
-    return f"sources-{hash16(folder_url.encode())}"
+    return f"sources-{hash16(f'{_FORMAT} {folder_url}'.encode())}"
 
 
 class SourceMemory:
@@ -71,39 +77,62 @@ class SourceMemory:
 
     def __init__(self, cache: Storage, folder: str, judges: Iterable[str] = ()) -> None:
         self._cache, self._folder = cache, folder
-        self._judges = frozenset(judges)
+        self._judges = pa.array(sorted(judges), pa.string())
         self._writer = NumberedWriter(cache, self._folder, ".parquet")
         self._lock = threading.Lock()
-        self._seen: dict[str, Seen] = {}
-        self._bad_bytes: dict[bytes, Seen] = {}
-        self._new: list[Seen] = []
+        self._known = _SCHEMA.empty_table()
+        self._later: list[pa.Table] = []  # oldest first, not merged into `_known` yet
+        self._new: dict[str, Seen] = {}
         self._flushed = time.monotonic()
         self._last = -1
 
     def load(self) -> None:
         """Take in what was put since the last look."""
-        for number, data in read_numbered(self._cache, self._folder, after=self._last):
-            for seen in _from_parquet(data):
-                if seen.bad is None or seen.judge in self._judges:
-                    self._take(seen)
-            self._last = number
+        with self._lock:
+            for number, data in read_numbered(self._cache, self._folder, after=self._last):
+                # Not read_table: it reads the schema of a whole data set first.
+                table = pq.ParquetFile(pa.BufferReader(data)).read(columns=_SCHEMA.names)
+                judged = pc.or_(pc.is_null(table["bad"]), pc.is_in(table["judge"], self._judges))
+                self._later.append(table.filter(judged).cast(_SCHEMA))
+                self._last = number
 
-    def get(self, entry: Entry) -> Seen | None:
-        """What is known of a file; None when it has changed or was never seen.
+    def find(self, entries: pa.Table) -> pa.Table:
+        """What is known of files: a row for each, null where one has changed or was never seen.
 
         A copy of a file that was found bad is bad too.
+
+        Args:
+            entries: columns key, size_bytes and tag.
+
+        Returns:
+            columns sha256, width, height, caption and bad.
         """
-        seen = self._seen.get(entry.key)
-        if seen is None or (seen.size_bytes, seen.tag) != (entry.size_bytes, entry.tag):
-            return None
-        verdict = self._bad_bytes.get(seen.sha256)
-        return replace(seen, bad=verdict.bad, judge=verdict.judge) if verdict else seen
+        known = self._merged()
+        at = pc.index_in(entries["key"], value_set=known["key"])
+        same = pc.and_(
+            pc.equal(known["size_bytes"].take(at), entries["size_bytes"]),
+            pc.equal(known["tag"].take(at), entries["tag"]),
+        )
+        at = pc.if_else(same, at, pa.scalar(None, pa.int32()))
+        found = known.select(["sha256", "width", "height", "caption", "bad"]).take(at)
+        verdicts = known.filter(pc.is_valid(known["bad"]))
+        copies = pc.index_in(found["sha256"], value_set=verdicts["sha256"])
+        bad = pc.coalesce(found["bad"], verdicts["bad"].take(copies))
+        return found.set_column(4, "bad", bad)
+
+    def reason(self, entry: Entry) -> str | None:
+        """Why a file cannot be used, where that is known of the file as it is now."""
+        table = pa.table(
+            {"key": [entry.key], "size_bytes": [entry.size_bytes], "tag": [entry.tag]},
+            schema=pa.schema([_SCHEMA.field(name) for name in ("key", "size_bytes", "tag")]),
+        )
+        found: str | None = self.find(table)["bad"][0].as_py()
+        return found
 
     def add(self, seen: Seen) -> None:
         """Remember a file; put into the cache now and then, and at `flush`."""
         with self._lock:
-            self._take(seen)
-            self._new.append(seen)
+            self._new[seen.key] = seen
             due = time.monotonic() - self._flushed >= _FLUSH_SECONDS
             if due or len(self._new) >= _FLUSH_ROWS:
                 self._put()
@@ -113,21 +142,32 @@ class SourceMemory:
         with self._lock:
             self._put()
 
-    def _take(self, seen: Seen) -> None:
-        verdict = self._bad_bytes.get(seen.sha256)
-        if seen.bad is not None:
-            self._bad_bytes[seen.sha256] = seen
-        elif verdict and verdict.key == seen.key:  # looked at anew, by `--rehash`
-            del self._bad_bytes[seen.sha256]
-        self._seen[seen.key] = seen
-
     def _put(self) -> None:
         if self._new:
-            self._writer.put(_to_parquet(self._new))
-        self._new, self._flushed = [], time.monotonic()
+            table = _table(list(self._new.values()))
+            self._later.append(table)
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink)
+            self._writer.put(bytes(sink.getvalue()))
+        self._new, self._flushed = {}, time.monotonic()
+
+    def _merged(self) -> pa.Table:
+        """The newest facts of every file."""
+        with self._lock:
+            later = [*self._later, *([_table(list(self._new.values()))] if self._new else [])]
+            if later:
+                newest_first = pa.concat_tables([*reversed(later), self._known]).combine_chunks()
+                self._known, self._later = newest_first.filter(_firsts(newest_first["key"])), []
+            return self._known
 
 
-def _to_parquet(rows: list[Seen]) -> bytes:
+def _firsts(keys: pa.ChunkedArray) -> pa.Array:
+    """Where a key comes for the first time."""
+    first: NDArray[np.int32] = as_numpy(pc.index_in(keys, value_set=keys))
+    return pa.array(first == np.arange(len(first)))
+
+
+def _table(rows: list[Seen]) -> pa.Table:
     columns = [
         [seen.key for seen in rows],
         [seen.size_bytes for seen in rows],
@@ -140,15 +180,4 @@ def _to_parquet(rows: list[Seen]) -> bytes:
         [seen.judge for seen in rows],
     ]
     arrays = [pa.array(values, kind) for values, kind in zip(columns, _SCHEMA.types, strict=True)]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(arrays, schema=_SCHEMA), sink)
-    return bytes(sink.getvalue())
-
-
-def _from_parquet(data: bytes) -> Iterable[Seen]:
-    # Not read_table, which imports pandas: half a CPU second at every start.
-    columns = pq.ParquetFile(pa.BufferReader(data)).read(columns=_SCHEMA.names).to_pydict()
-    for key, size, tag, sha256, width, height, caption, bad, judge in zip(
-        *columns.values(), strict=True
-    ):
-        yield Seen(key, size, tag, sha256, (width, height), caption, bad, judge)
+    return pa.table(arrays, schema=_SCHEMA)

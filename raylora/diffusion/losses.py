@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -11,8 +11,10 @@ from torch import Tensor
 from raylora.base.options import Options
 from raylora.diffusion.process import Process
 
-SampleLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(prediction, target, timesteps) -> (B,) loss."""
+WEIGHING = ("mask", "weight")
+"""What may come with a batch: (B, 1, H, W) in 0..1, where the loss counts; (B,), how much."""
+SampleLoss = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""(prediction, target, timesteps, weighing) -> (B,) loss."""
 
 
 class WeightOptions(Options):
@@ -31,16 +33,39 @@ class LossOptions(Options):
     """l2: mean squared error; l1: mean absolute error."""
     weight: WeightOptions = WeightOptions()
     """Weight by timestep."""
+    mask: Literal["area", "plain"] = "area"
+    """Where images have masks. area: the mean over what counts, so a small subject weighs as much
+    as a large one. plain: the mean over the whole picture with zeros outside, as in sd-scripts."""
 
 
 def l2(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, (B,), in the dtype of the target."""
-    return (prediction.to(target.dtype) - target).square().flatten(1).mean(1)
+    """Squared error, (B, C, H, W), in the dtype of the target."""
+    return (prediction.to(target.dtype) - target).square()
 
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error of each sample, (B,), in the dtype of the target."""
-    return (prediction.to(target.dtype) - target).abs().flatten(1).mean(1)
+    """Absolute error, (B, C, H, W), in the dtype of the target."""
+    return (prediction.to(target.dtype) - target).abs()
+
+
+def sample_mean(error: Tensor) -> Tensor:
+    """Mean of each sample, (B,)."""
+    return error.flatten(1).mean(1)
+
+
+def masked_mean(error: Tensor, mask: Tensor, *, by_area: bool) -> Tensor:
+    """Mean of each sample's error where its mask counts, (B,).
+
+    Args:
+        error: (B, C, H, W).
+        mask: (B, 1, H, W) in 0..1.
+        by_area: divide by what counts instead of by the whole; a sample where nothing counts has 0.
+    """
+    mean = sample_mean(error * mask)
+    if not by_area:
+        return mean
+    area = sample_mean(mask)
+    return mean / area.where(area > 0, 1)
 
 
 def min_snr_weight(snr: Tensor, *, gamma: float, prediction: str) -> Tensor:
@@ -61,15 +86,32 @@ def min_snr_weight(snr: Tensor, *, gamma: float, prediction: str) -> Tensor:
     return capped / (snr + 1 if prediction == "v_prediction" else snr)
 
 
-def make_loss(options: LossOptions, process: Process) -> SampleLoss:
-    """Choose the loss once, so that the step only calls it."""
+def make_loss(
+    options: LossOptions, process: Process, *, masked: bool = False, weighed: bool = False
+) -> SampleLoss:
+    """Choose the loss once, so that the step only calls it.
+
+    Args:
+        masked: batches come with `mask`.
+        weighed: batches come with `weight`.
+    """
     error = {"l2": l2, "l1": l1}[options.name]
-    if options.weight.name == "none":
-        return lambda prediction, target, timesteps: error(prediction, target)
-    gamma, kind = options.weight.gamma, process.prediction
+    by_area, gamma, kind = options.mask == "area", options.weight.gamma, process.prediction
+    by_snr = options.weight.name == "min_snr"
 
-    def weighted(prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
-        weight = min_snr_weight(process.snr(timesteps), gamma=gamma, prediction=kind)
-        return error(prediction, target) * weight.to(target.dtype)
+    def loss(
+        prediction: Tensor, target: Tensor, timesteps: Tensor, weighing: Mapping[str, Tensor]
+    ) -> Tensor:
+        errors = error(prediction, target)
+        if masked:
+            found = masked_mean(errors, weighing["mask"], by_area=by_area)
+        else:
+            found = sample_mean(errors)
+        if weighed:
+            found = found * weighing["weight"]
+        if by_snr:
+            weight = min_snr_weight(process.snr(timesteps), gamma=gamma, prediction=kind)
+            found = found * weight.to(target.dtype)
+        return found
 
-    return weighted
+    return loss

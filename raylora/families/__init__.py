@@ -12,9 +12,9 @@ and FLUX is behind `Family`; nothing else asks which family it is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,16 @@ from raylora.diffusion.process import Process
 
 
 class FamilyOptions(Options):
-    """Which base model."""
+    """Which base model.
+
+    Attributes:
+        native_resolution: side in pixels of the square pictures that the family's bases were
+            trained on; what a job gets that names no resolution.
+        bucket_step: sides of buckets are multiples of this many pixels where a job names no other.
+    """
+
+    native_resolution: ClassVar[int]
+    bucket_step: ClassVar[int]
 
     kind: str
     """The model family: the name of a file in raylora/families."""
@@ -45,7 +54,12 @@ class Family(ABC):
         process: how latents are noised and what is predicted.
         pixels_per_latent: how many pixels one latent cell spans.
         size_step: image sides must be multiples of this many pixels.
-        metadata: facts for the file's header (ss_base_model_version, modelspec names ...).
+        metadata: facts for the file's header (ss_base_model_version, modelspec names, ss_clip_skip
+            where it means something ...).
+        max_tokens: tokens of a caption that are read; what is longer is cut off. None where the
+            family has no such limit to choose.
+        longer_tokens: the larger values that `family.max_tokens` may be set to, rising.
+        text_bytes: size of one caption in the cache, for estimates.
     """
 
     component: str
@@ -54,6 +68,9 @@ class Family(ABC):
     latent_channels: int
     size_step: int
     metadata: dict[str, str]
+    max_tokens: int | None
+    longer_tokens: tuple[int, ...]
+    text_bytes: int
 
     @abstractmethod
     def __init__(self, folder: Path, options: Any) -> None:
@@ -70,6 +87,17 @@ class Family(ABC):
     @abstractmethod
     def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(latents_facts, text_facts) without loading a model."""
+
+    @abstractmethod
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption, uncut and without the first and the last; loads no weights.
+
+        More than `max_tokens` are not read. Syntax that is no part of the text is not counted.
+        """
+
+    @abstractmethod
+    def latents_bytes(self, bucket: tuple[int, int]) -> int:
+        """Size of one picture in the cache, for estimates; bucket is (width, height) in pixels."""
 
     @abstractmethod
     def load_encoder(self, *, device: torch.device) -> Encoder:

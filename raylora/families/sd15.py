@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from raylora.base.encoder import Encoder
@@ -19,15 +20,31 @@ from raylora.base.errors import WeightsError
 from raylora.base.fingerprint import file_fingerprint
 from raylora.base.site import Site
 from raylora.diffusion.attention import attention
+from raylora.diffusion.clip_text import caption_tokens, chunk_captions, encode_chunks
 from raylora.diffusion.process import Prediction, Process
 from raylora.diffusion.schedules import alphas_cumprod
 from raylora.families import Family, FamilyOptions, Renderer
+
+MaxTokens = Literal[75, 150, 225]
+_FLOAT32_BYTES = 4
 
 
 class Sd15Options(FamilyOptions):
     """Stable Diffusion 1.x and models of its layout."""
 
+    native_resolution: ClassVar[int] = 512
+    bucket_step: ClassVar[int] = 64
+
     kind: Literal["sd15"] = "sd15"
+    clip_skip: int = Field(1, ge=1)
+    """Which layer of CLIP the text is taken from, counted from the last, which is 1. Many anime
+    bases were trained with 2. Previews use the same."""
+    max_tokens: MaxTokens = 75
+    """Tokens of a caption that are read: 75, 150 or 225. What is longer is cut off. Above 75, CLIP
+    reads the caption in chunks of 75. Previews use the same."""
+    weighted_captions: bool = False
+    """Read weights in captions and in prompts of previews: (x) is 1.1 times as strong, (x:1.3) 1.3
+    times, [x] 1.1 times weaker. Off, such brackets are text."""
 
 
 class Sd15(Family):
@@ -39,6 +56,7 @@ class Sd15(Family):
         self.folder = folder
         unet = self._config("unet", "UNet2DConditionModel")
         vae = self._config("vae", "AutoencoderKL")
+        text = _read_json(folder / "text_encoder" / "config.json")
         scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
         if unet.get("addition_embed_type"):
             raise WeightsError(
@@ -51,16 +69,26 @@ class Sd15(Family):
                 f"{folder}/scheduler/scheduler_config.json has prediction_type {prediction!r}; "
                 "sd15 knows epsilon and v_prediction."
             )
+        if options.clip_skip > text["num_hidden_layers"]:
+            raise WeightsError(
+                f"family.clip_skip is {options.clip_skip}, and the text encoder in {folder} has "
+                f"{text['num_hidden_layers']} layers. Choose 1 to {text['num_hidden_layers']}."
+            )
         self.process = Process(prediction, alphas_cumprod(scheduler))
         self.pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
         self.latent_channels = int(vae["latent_channels"])
         # The UNet halves its latents once between each two of its blocks.
         self.size_step = self.pixels_per_latent * 2 ** (len(unet["block_out_channels"]) - 1)
         self._scaling = float(vae.get("scaling_factor", 0.18215))
+        self._options = options
+        self.max_tokens = options.max_tokens
+        self.longer_tokens = tuple(n for n in get_args(MaxTokens) if n > options.max_tokens)
+        self.text_bytes = (options.max_tokens + 2) * text["hidden_size"] * _FLOAT32_BYTES
         self.metadata = {
             "ss_base_model_version": "sd_v1",
             "ss_v2": "False",
             "ss_sd_model_name": folder.name,
+            "ss_clip_skip": str(options.clip_skip),
             "modelspec.architecture": "stable-diffusion-v1",
             "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
         }
@@ -101,16 +129,29 @@ class Sd15(Family):
             "family": "sd15",
             "text_encoder": _file_hash(text),
             "tokenizer": [_file_hash(f) for f in sorted(tokenizer.glob("*")) if f.is_file()],
-            "tokens": 77,
-            "clip_skip": 1,
+            "max_tokens": self._options.max_tokens,
+            "clip_skip": self._options.clip_skip,
+            "weighted_captions": self._options.weighted_captions,
             "dtype": "float32",
         }
         return latents_facts, text_facts
 
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """By the base's own tokenizer; with `weighted_captions`, of the text without the syntax."""
+        weighted = self._options.weighted_captions
+        return [
+            len(tokens) for tokens in caption_tokens(self._tokenizer, captions, weighted=weighted)
+        ]
+
+    def latents_bytes(self, bucket: tuple[int, int]) -> int:
+        """float32, as the encoder gives them."""
+        width, height = (side // self.pixels_per_latent for side in bucket)
+        return self.latent_channels * width * height * _FLOAT32_BYTES
+
     def load_encoder(self, *, device: torch.device) -> Encoder:
         """VAE and CLIP in float32."""
-        latents_facts, text_facts = self.encoder_facts()
-        return _Sd15Encoder(self._parts(torch.float32, device), latents_facts, text_facts)
+        parts = self._parts(torch.float32, device)
+        return _Sd15Encoder(parts, self._options, *self.encoder_facts())
 
     def sites(self, denoiser: nn.Module, layers: str) -> list[Site]:
         """Linears and 1x1 convolutions inside the transformer blocks, as sd-scripts chooses."""
@@ -143,7 +184,14 @@ class Sd15(Family):
     def load_renderer(self, denoiser: nn.Module) -> Renderer:
         """The diffusers pipeline around this denoiser, in its dtype and on its device."""
         weight = next(denoiser.parameters())
-        return _Sd15Renderer(self._parts(weight.dtype, weight.device), denoiser, self.folder)
+        parts = self._parts(weight.dtype, weight.device)
+        return _Sd15Renderer(parts, self._options, denoiser, self.folder)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
 
     def _config(self, part: str, wanted: str) -> dict[str, Any]:
         config = _read_json(self.folder / part / "config.json")
@@ -156,14 +204,14 @@ class Sd15(Family):
 
     def _parts(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-        from transformers import AutoTokenizer, CLIPTextModel
+        from transformers import CLIPTextModel
 
         vae = AutoencoderKL.from_pretrained(self.folder / "vae", torch_dtype=dtype)
         text = CLIPTextModel.from_pretrained(self.folder / "text_encoder", dtype=dtype)
         return {
             "vae": vae.to(device).requires_grad_(False).eval(),
             "text_encoder": text.to(device).requires_grad_(False).eval(),
-            "tokenizer": AutoTokenizer.from_pretrained(self.folder / "tokenizer"),
+            "tokenizer": self._tokenizer,
         }
 
 
@@ -180,13 +228,31 @@ def _attend(
     return projected
 
 
+def _encode_captions(
+    parts: dict[str, Any], options: Sd15Options, captions: Sequence[str]
+) -> Tensor:
+    """(B, T, D): what the UNet sees of texts, the same for captions and for prompts."""
+    chunks = chunk_captions(
+        parts["tokenizer"],
+        captions,
+        max_tokens=options.max_tokens,
+        weighted=options.weighted_captions,
+    )
+    return encode_chunks(parts["text_encoder"], chunks, clip_skip=options.clip_skip)
+
+
 class _Sd15Encoder:
-    """VAE mode and CLIP's last hidden state; 77 tokens."""
+    """VAE mode and CLIP's hidden states; 77, 152 or 227 tokens."""
 
     def __init__(
-        self, parts: dict[str, Any], latents_facts: dict[str, Any], text_facts: dict[str, Any]
+        self,
+        parts: dict[str, Any],
+        options: Sd15Options,
+        latents_facts: dict[str, Any],
+        text_facts: dict[str, Any],
     ) -> None:
         self._parts = parts
+        self._options = options
         self._scaling = float(latents_facts["scaling"])
         self.latents_facts = latents_facts
         self.text_facts = text_facts
@@ -199,25 +265,21 @@ class _Sd15Encoder:
 
     @torch.no_grad()
     def encode_texts(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
-        tokens = self._parts["tokenizer"](
-            list(captions),
-            padding="max_length",
-            max_length=77,
-            truncation=True,
-            return_tensors="pt",
-        )
-        encoder = self._parts["text_encoder"]
-        hidden = encoder(tokens.input_ids.to(encoder.device)).last_hidden_state
+        hidden = _encode_captions(self._parts, self._options, captions)
         return {"text": hidden.cpu().numpy()}
 
 
 class _Sd15Renderer:
-    """diffusers' StableDiffusionPipeline with the base's own scheduler."""
+    """diffusers' StableDiffusionPipeline with the base's own scheduler and our text."""
 
-    def __init__(self, parts: dict[str, Any], denoiser: nn.Module, folder: Path) -> None:
+    def __init__(
+        self, parts: dict[str, Any], options: Sd15Options, denoiser: nn.Module, folder: Path
+    ) -> None:
         from diffusers import StableDiffusionPipeline
         from diffusers.schedulers import DDIMScheduler
 
+        self._parts = parts
+        self._options = options
         self._pipeline = StableDiffusionPipeline(
             **parts,
             unet=denoiser,
@@ -240,9 +302,13 @@ class _Sd15Renderer:
         dtype, device = self._pipeline.unet.dtype, self._pipeline.unet.device
         factor = self._pipeline.vae_scale_factor
         with torch.no_grad():
+            # One at a time, as the pipeline does: a batch of two sums in another order.
+            wanted, unwanted = (
+                _encode_captions(self._parts, self._options, [text]) for text in (prompt, negative)
+            )
             pictures = self._pipeline(
-                prompt,
-                negative_prompt=negative or None,
+                prompt_embeds=wanted,
+                negative_prompt_embeds=unwanted,
                 height=latents.shape[2] * factor,
                 width=latents.shape[3] * factor,
                 latents=latents.to(dtype=dtype, device=device),

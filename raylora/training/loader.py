@@ -1,24 +1,21 @@
-"""A worker's samples of each step, and their cached tensors, fetched ahead of the step."""
+"""A worker's samples of each step, and their tensors, fetched ahead of the step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from raylora.data.dataset import Dataset
 from raylora.data.steps import SampleRef, StepPlan
+from raylora.data.supply import Supply, Tensors
 from raylora.training.shares import Shares
 
 AHEAD = 4
 """Steps fetched ahead: enough to hide one slow object, few enough to drop when shares move."""
-
-Tensors = Mapping[str, NDArray[np.generic]]
 
 
 class Loader:
@@ -28,8 +25,9 @@ class Loader:
     is missing itself, so a guess never changes what is trained.
     """
 
-    def __init__(self, dataset: Dataset, plan: StepPlan, shares: Shares, rank: int) -> None:
-        self.dataset = dataset
+    def __init__(self, supply: Supply, plan: StepPlan, shares: Shares, rank: int) -> None:
+        self.dataset = supply.dataset
+        self._supply = supply
         self.plan = plan
         self.last_step: int | None = None
         self._shares = shares
@@ -43,26 +41,23 @@ class Loader:
         return samples[self._shares.mine(self._rank, len(samples))], len(samples)
 
     def take(self, step: int) -> tuple[list[SampleRef], list[Tensors], int]:
-        """This worker's samples, their cached tensors, and the step's global count."""
+        """This worker's samples, their tensors, and the step's global count."""
         samples, count = self.mine(step)
         guessed = self._ahead.pop(step, None)
         hit = guessed is not None and guessed[0] == samples
-        tensors = guessed[1].result() if guessed and hit else self._fetch(samples)
+        tensors = guessed[1].result() if guessed and hit else self._supply.fetch(samples, step)
         for old in [key for key in self._ahead if key < step]:
             del self._ahead[old]
         for later in range(step + 1, step + 1 + AHEAD):
             wanted = later not in self._ahead
             if wanted and (self.last_step is None or later < self.last_step):
                 ahead, _ = self.mine(later)
-                self._ahead[later] = (ahead, self._threads.submit(self._fetch, ahead))
+                self._ahead[later] = (ahead, self._threads.submit(self._supply.fetch, ahead, later))
         return samples, tensors, count
 
     def close(self) -> None:
         """Stop fetching."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _fetch(self, samples: Sequence[SampleRef]) -> list[Tensors]:
-        return list(self.dataset.fetch([self.dataset.rows[sample.row] for sample in samples]))
 
 
 def micro_batches(

@@ -7,7 +7,6 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from raylora.base.options import Options
-from raylora.data.source import DataOptions
 
 MOST_EXACT_IMAGES = 2**11 - 1
 """Images a step that 64-bit sums hold."""
@@ -72,10 +71,6 @@ class ValidationOptions(Options):
     """Global steps between measurements; there is always one at step 0 and at the end."""
     timesteps: tuple[int, ...] = Field((150, 400, 650, 900), min_length=1)
     """Every held-out image is measured at each of these."""
-
-    def data(self, data: DataOptions) -> DataOptions | None:
-        """The data section with the held-out folder in place of the training one."""
-        return data.model_copy(update={"folder": self.folder}) if self.folder else None
 
 
 class MemoryOptions(Options):

@@ -29,7 +29,7 @@ class Parts:
     Attributes:
         denoiser: frozen, with the adapter attached.
         predict: the family's prediction.
-        loss: (prediction, target, timesteps) -> (B,).
+        loss: (prediction, target, timesteps, weighing) -> (B,).
         factor: global step -> factor on the learning rate.
         loader: the samples of each step, and their cached tensors.
         sums: how gradients and losses are added up.

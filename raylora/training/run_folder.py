@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -21,8 +22,15 @@ FREE = (
     *("data.cache", "data.local_cache_gib", "data.max_bad"),
 )
 """Sections and options that may change between two attempts: they never change what is trained."""
-PLACES = ("family.weights", "data.folder", "validation.folder")
-"""Where things lie. They may move when a person says so; what lies there is compared by content."""
+PLACES = frozenset(
+    {
+        *("family.weights", "validation.folder"),
+        *(f"data.{word}" for word in ("folder", "manifest", "mask_folder")),
+        *(f"data.sets.{word}" for word in ("folder", "manifest", "mask_folder")),
+    }
+)
+"""Where things lie, without the numbers of sets. They may move when a person says so; what lies
+there is compared by content."""
 _ATTEMPTS = "attempts"
 
 
@@ -47,9 +55,9 @@ def claim_run(
     differing = [
         (path, old, new)
         for path, old, new in _differences(held, dict(job))
-        if not path.startswith(tuple(f"{word}." for word in FREE)) and path not in FREE
+        if not _is_free(path, old, new)
     ]
-    moves = [difference for difference in differing if difference[0] in PLACES]
+    moves = [difference for difference in differing if _is_place(difference[0])]
     longer = bool(differing) and all(_is_longer(*difference) for difference in differing)
     if not differing or (moved and moves == differing):
         return
@@ -84,7 +92,7 @@ def settle_move(storage: Storage, job: Mapping[str, Any], content: Mapping[str, 
         JobError: it is something else than the newest checkpoint was trained on.
     """
     held = yaml.safe_load(storage.read("job.yaml"))
-    if not any(path in PLACES for path, _, _ in _differences(held, dict(job))):
+    if not any(_is_place(path) for path, _, _ in _differences(held, dict(job))):
         return
     state = read_newest(storage)
     wrong = [word for word in content if state and state.facts[word] != content[word]]
@@ -128,6 +136,17 @@ def finished_steps(storage: Storage) -> int | None:
     return int(json.loads(storage.read("result.json"))["steps"])
 
 
+def _is_free(path: str, old: Any, new: Any) -> bool:
+    """Whether an option may change between two attempts."""
+    if path == "data.cache" and "none" in (old, new):
+        return False  # what is not cached is drawn anew at each step
+    return path in FREE or path.startswith(tuple(f"{word}." for word in FREE))
+
+
+def _is_place(path: str) -> bool:
+    return re.sub(r"\.\d+", "", path) in PLACES
+
+
 def _is_longer(path: str, old: Any, new: Any) -> bool:
     """Whether it is the length that differs, and more of it is asked for than before."""
     if path not in ("training.steps", "training.epochs"):
@@ -142,4 +161,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any
             deeper = f"{path}.{word}" if path else str(word)
             found += _differences(old.get(word), new.get(word), deeper)
         return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [one for i, pair in pairs for one in _differences(*pair, f"{path}.{i}")]
     return [] if old == new else [(path, old, new)]

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from raylora.data.steps import SampleRef
+from raylora.data.supply import Tensors
+from raylora.diffusion.losses import WEIGHING
 from raylora.diffusion.noise import draw_noise, draw_timesteps
-from raylora.training.loader import Tensors, micro_batches
+from raylora.training.loader import micro_batches
 from raylora.training.parts import Parts
 
 
@@ -109,12 +111,17 @@ def losses_at(parts: Parts, batch: dict[str, Tensor], noise: Tensor, timesteps: 
     latents = batch["latents"].to(parts.device, exact, non_blocking=True)
     noise = noise.to(parts.device, exact, non_blocking=True)
     timesteps = timesteps.to(parts.device, non_blocking=True)
+    weighing = {
+        name: batch[name].to(parts.device, exact, non_blocking=True)
+        for name in WEIGHING
+        if name in batch
+    }
     conditions = {
         name: tensor.to(parts.device, parts.dtype, non_blocking=True)
         for name, tensor in batch.items()
-        if name != "latents"
+        if name != "latents" and name not in WEIGHING
     }
     noisy = parts.process.noisy(latents, noise, timesteps).to(parts.dtype)
     target = parts.process.target(latents, noise, timesteps)
     prediction = parts.predict(parts.denoiser, noisy, timesteps, conditions)
-    return parts.loss(prediction, target, timesteps)
+    return parts.loss(prediction, target, timesteps, weighing)

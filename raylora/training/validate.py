@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylora.base.seeds import draw_normal, sample_number
+from raylora.base.seeds import draw_normal
 from raylora.data.dataset import Dataset
 from raylora.data.steps import SampleRef
-from raylora.training.loader import Tensors, micro_batches
+from raylora.data.supply import Tensors, measured_tensors
+from raylora.training.loader import micro_batches
 from raylora.training.parts import Parts
 from raylora.training.step import losses_at
 
@@ -36,11 +37,11 @@ class Validation:
         """{"validation": mean, "validation/<t>": mean at that timestep}; same on every worker."""
         rows = self.dataset.rows
         mine = [
-            SampleRef(row=i, repeat=0, number=sample_number(rows[i].key, 0), bucket=rows[i].bucket)
+            SampleRef(row=i, repeat=0, number=rows[i].number, bucket=rows[i].bucket)
             for i in range(parts.group.rank, len(rows), parts.group.size)
         ]
         mine.sort(key=lambda sample: sample.bucket)
-        tensors = self.dataset.fetch([rows[sample.row] for sample in mine])
+        tensors = measured_tensors(self.dataset, [rows[sample.row] for sample in mine])
         sums = self._sums(parts, mine, tensors)
         gathered = parts.group.gather(sums)
         means = [sum(column) / len(rows) for column in zip(*gathered, strict=True)]

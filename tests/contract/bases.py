@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from raylora.families import Family, get_family
 
@@ -14,7 +15,7 @@ def tiny_folder(kind: str) -> Path:
     return TINY[kind]
 
 
-def open_tiny(kind: str, folder: Path | None = None) -> Family:
+def open_tiny(kind: str, folder: Path | None = None, **words: Any) -> Family:
     family, options = get_family(kind)
     place = folder or tiny_folder(kind)
-    return family(place, options(kind=kind, weights=str(place)))
+    return family(place, options(kind=kind, weights=str(place), **words))

@@ -72,6 +72,57 @@ def test_a_folder_that_is_another_model_is_refused(kind: str, tmp_path: Path):
         open_tiny(kind, tmp_path)
 
 
+@every_kind
+def test_its_native_size_is_made_of_its_steps(kind: str):
+    options = get_family(kind)[1]
+    assert options.native_resolution >= options.bucket_step > 0
+    assert options.native_resolution % options.bucket_step == 0
+    assert options.bucket_step % opened(kind).size_step == 0
+
+
+@pytest.mark.slow
+@every_kind
+def test_tokens_and_sizes_are_known_without_weights(kind: str, tmp_path: Path):
+    folder = tmp_path / "no-weights"
+    shutil.copytree(tiny_folder(kind), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    family = open_tiny(kind, folder)
+    nothing, few, more, many = family.count_tokens(["", "ink icon", "ink icon, ink", "cat, " * 300])
+    assert nothing == 0 < few < more < many
+    assert many >= 300, "cut off"
+    assert family.count_tokens([]) == []
+    assert family.text_bytes > 0
+    step = family.size_step
+    assert 0 < 2 * family.latents_bytes((step, step)) == family.latents_bytes((step, 2 * step))
+
+
+@every_kind
+def test_longer_captions_are_an_option_where_they_are_advised(kind: str):
+    family = opened(kind)
+    if family.max_tokens is None:
+        assert family.longer_tokens == ()
+        return
+    assert list(family.longer_tokens) == sorted(set(family.longer_tokens))
+    before = family
+    for tokens in family.longer_tokens:
+        longer = open_tiny(kind, max_tokens=tokens)
+        assert longer.max_tokens == tokens > before.max_tokens
+        assert longer.text_bytes > before.text_bytes
+        assert longer.longer_tokens == before.longer_tokens[1:]
+        before = longer
+
+
+@pytest.mark.slow
+@every_kind
+def test_sizes_in_the_cache_are_estimated_to_the_byte(kind: str):
+    family, encoder = opened(kind), encoder_of(kind)
+    given = pixels(family, 1)
+    latents = encoder.encode_images(given)
+    size = (given.shape[3], given.shape[2])
+    assert sum(array.nbytes for array in latents.values()) == family.latents_bytes(size)
+    texts = encoder.encode_texts(["a cat", "a dog"])
+    assert sum(array.nbytes for array in texts.values()) == 2 * family.text_bytes
+
+
 @pytest.mark.slow
 @every_kind
 def test_the_denoiser_is_frozen(kind: str):

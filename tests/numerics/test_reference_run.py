@@ -41,6 +41,7 @@ UNET = {
     "norm_num_groups": 32,
     "sample_size": 8,
 }
+TEXT = {"hidden_size": 768, "num_hidden_layers": 12}
 VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [1] * 4, "latent_channels": 4}
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -60,7 +61,7 @@ class FixedBatches:
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Sd15:
     folder = tmp_path_factory.mktemp("base")
-    for part, config in (("unet", UNET), ("vae", VAE)):
+    for part, config in (("unet", UNET), ("vae", VAE), ("text_encoder", TEXT)):
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(config))
     (folder / "scheduler").mkdir()

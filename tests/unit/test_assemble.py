@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from small import ROOT, open_run, small_job
+from small import ROOT, image_row, open_run, small_job
 
-from raylora.assemble import claim, fingerprint, open_store, total_steps
+from raylora.assemble import claim, open_store, total_steps
 from raylora.base.errors import JobError
-from raylora.data.rows import Row
+from raylora.data.rows import Rows, rows_of
 from raylora.data.steps import StepPlan
 from raylora.job import Job
 from raylora.training.reduce import Alone
@@ -27,21 +27,8 @@ def job(store: Path, cache: str = "", **more: Any) -> Job:
     return small_job(str(store), **{"data__folder": holdout, "data__cache": cache or None, **more})
 
 
-def rows(count: int, **more: Any) -> list[Row]:
-    made = []
-    for i in range(count):
-        facts = {"repeats": 1, "latents_key": bytes(16), "text_key": bytes(16), **more}
-        made.append(
-            Row(
-                key=f"{i}.png",
-                bucket=(64, 64),
-                caption="",
-                original_size=(64, 64),
-                crop=(0, 0),
-                **facts,
-            )
-        )
-    return made
+def rows(count: int, **more: Any) -> Rows:
+    return rows_of([image_row(f"{i}.png", **more) for i in range(count)])
 
 
 @pytest.mark.parametrize(
@@ -58,16 +45,16 @@ def test_steps_are_as_asked_whatever_the_data_set(tmp_path: Path):
 
 
 def test_the_data_sets_name_follows_images_captions_and_repeats():
-    first = fingerprint(rows(3))
-    assert first == fingerprint(rows(3))
+    first = rows(3).fingerprint()
+    assert first == rows(3).fingerprint()
     others = [
         rows(4),
         rows(3, repeats=2),
-        rows(3, latents_key=b"x" * 16),
-        rows(3, text_key=b"x" * 16),
-        [*rows(3)[1:], rows(3)[0]],
+        rows(3, latents=b"x" * 16),
+        rows(3, text=b"x" * 16),
+        rows_of([*rows(3)[1:], rows(3)[0]]),
     ]
-    assert len({first, *map(fingerprint, others)}) == 6
+    assert len({first, *(one.fingerprint() for one in others)}) == 6
 
 
 @pytest.mark.parametrize(

@@ -6,37 +6,42 @@ import json
 from pathlib import Path
 from typing import Any
 
-from small import ROOT, small_job
+from small import ROOT, image_row, small_job
 
 from raylora.adapt.metadata import AdapterFacts, adapter_metadata
 from raylora.assemble import open_family
-from raylora.data.dataset import Dataset
-from raylora.data.rows import Row
+from raylora.data.dataset import Dataset, PlanFacts
+from raylora.data.rows import Row, rows_of
 from raylora.data.steps import StepPlan
-from raylora.header import adapter_facts
+from raylora.header import adapter_facts, image_facts
 from raylora.job import job_from
 
 
 def row(key: str, repeats: int, bucket: tuple[int, int], caption: str) -> Row:
-    return Row(key, repeats, bucket, bytes(16), bytes(16), caption, (100, 50), (0, 0))
+    return image_row(key, repeats=repeats, bucket=bucket, caption=caption, size=(100, 50))
 
 
-ROWS = (
-    row("3_cats/a.png", 3, (80, 48), "cat, black, cat"),
-    row("3_cats/b.png", 3, (64, 64), "cat"),
-    row("c.png", 1, (64, 64), ""),
+ROWS = rows_of(
+    [
+        row("3_cats/a.png", 3, (80, 48), "cat, black, cat"),
+        row("3_cats/b.png", 3, (64, 64), "cat"),
+        row("c.png", 1, (64, 64), ""),
+    ]
 )
 
 
 def facts(tmp_path: Path, step: int = 5, **more: Any) -> AdapterFacts:
     job = small_job(str(tmp_path), data__folder=f"{tmp_path}/images", **more)
-    dataset = Dataset(ROWS, (), None)  # type: ignore[arg-type]
+    facts = PlanFacts(job.data, job.sets, "", "", "", (f"file://{tmp_path}/images",), ("",))
+    dataset = Dataset(ROWS, (), facts)
     plan = StepPlan(ROWS, job.training.images_per_step, 0)
     return adapter_facts(
         job,
         open_family(job),
         dataset,
         plan,
+        image_facts(job, dataset),
+        held_out=3 if job.validation.folder else 0,
         step=step,
         total_steps=6,
         started_at=1000.0,
@@ -99,3 +104,4 @@ def test_validation_is_named_only_where_there_is_some(tmp_path: Path):
     folder = str(ROOT / "jobs/quickstart/demo-data/holdout")
     held_out = facts(tmp_path, validation__folder=folder, validation__every_steps=9)
     assert held_out.validate_every_steps == 9
+    assert (facts(tmp_path).validation_images, held_out.validation_images) == (0, 3)

@@ -15,9 +15,9 @@ from PIL import Image
 
 from raylora.base.storage import Entry, Storage, open_storage
 from raylora.data import dataset as dataset_module
-from raylora.data import encode, plan
-from raylora.data.dataset import Dataset, prepare_and_encode
-from raylora.data.source import DataOptions
+from raylora.data import encode, examine, plan, source
+from raylora.data.dataset import CachePlan, Dataset, prepare, prepare_and_encode
+from raylora.data.options import DataOptions, Native, SetOptions, resolve
 
 if TYPE_CHECKING:
     import pytest
@@ -146,7 +146,19 @@ def build(
 ) -> Dataset:
     """The road without Ray; without an encoder, nothing may be encoded."""
     make = NoEncoder if encoder is None else lambda: encoder
-    return prepare_and_encode(options, cache_url, make_encoder=make, **FACTS, **more)
+    return prepare_and_encode(
+        options, sets_of(options), cache_url, make_encoder=make, **FACTS, **more
+    )
+
+
+def plan_of(options: DataOptions, cache_url: str, **more: Any) -> CachePlan:
+    """`prepare` for a data section, as for Stable Diffusion 1.5."""
+    return prepare(options, sets_of(options), cache_url, **more)
+
+
+def sets_of(options: DataOptions) -> tuple[SetOptions, ...]:
+    """The sets of a data section, as for Stable Diffusion 1.5."""
+    return resolve(options, Native(512, 64))
 
 
 def as_bytes(dataset: Dataset) -> dict[str, dict[str, bytes]]:
@@ -162,7 +174,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened: list[CountingStorage] = []
-        for module in (plan, encode, dataset_module):
+        for module in (plan, encode, dataset_module, examine, source):
             monkeypatch.setattr(module, "open_storage", self._open)
 
     def _open(self, url: str) -> Storage:

@@ -136,3 +136,59 @@ def test_padding_shows_the_whole_image_inside_the_bucket(width: int, height: int
     assert geometry.crop == (0, 0)
     # The ratio survives up to the rounding of each side to a pixel.
     assert abs(wide / width * height - high) <= 1 + height / width
+
+
+RESOLUTIONS = st.tuples(st.integers(8, 24), st.integers(8, 24)).map(
+    lambda steps: (64 * steps[0], 64 * steps[1])
+)
+
+
+@given(SIDES, SIDES, RESOLUTIONS, st.booleans(), st.sampled_from([8, 32, 64]))
+def test_the_bucket_of_any_image_is_a_whole_number_of_steps_within_the_area(
+    width: int, height: int, resolution: tuple[int, int], keep: bool, step: int
+):
+    buckets = Buckets(resolution, maximum=2048, step=step, no_upscale=keep)
+    for fit in ("crop", "pad"):
+        try:
+            bucket = buckets.place((width, height), fit).bucket
+        except DataError:
+            continue
+        assert all(side > 0 and side % step == 0 for side in bucket)
+        assert bucket[0] * bucket[1] <= resolution[0] * resolution[1]
+
+
+@given(SIDES, SIDES, RESOLUTIONS, st.sampled_from([8, 32, 64]))
+def test_without_upscaling_less_than_one_step_is_cut_and_nothing_is_enlarged(
+    width: int, height: int, resolution: tuple[int, int], step: int
+):
+    # With upscaling there is no such bound: the nearest shape may be far from a thin image's.
+    try:
+        geometry = Buckets(resolution, step=step, no_upscale=True).place((width, height))
+    except DataError:
+        return
+    for bucket, resized in zip(geometry.bucket, geometry.resized, strict=True):
+        assert 0 <= resized - bucket < step
+    # The side that is rounded to a pixel may gain half of one.
+    assert geometry.resized[0] <= width + 0.5
+    assert geometry.resized[1] <= height + 0.5
+
+
+@given(SIDES, SIDES, RESOLUTIONS, st.sampled_from([8, 32, 64]))
+def test_the_resized_image_covers_its_bucket_and_keeps_its_shape(
+    width: int, height: int, resolution: tuple[int, int], step: int
+):
+    try:
+        geometry = Buckets(resolution, maximum=2048, step=step).place((width, height))
+    except DataError:
+        return
+    (wide, high), bucket = geometry.resized, geometry.bucket
+    assert wide >= bucket[0]
+    assert high >= bucket[1]
+    assert abs(wide / width - high / height) <= 0.5 / width + 0.5 / height  # each side rounded
+
+
+def test_nothing_in_the_golden_files_is_passed_over():
+    assert len(SETTINGS) == 25
+    assert sum("images" in case and len(case["images"]) == 32 for case in SETTINGS) == 24
+    assert sum("error" in case for case in SETTINGS) == 1
+    assert [len(case["images"]) for case in NO_UPSCALE] == [38] * 12

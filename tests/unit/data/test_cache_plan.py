@@ -13,6 +13,7 @@ from datafolders import (
     build,
     fill_folder,
     image_bytes,
+    plan_of,
     small_options,
 )
 
@@ -20,22 +21,21 @@ from raylora.base.errors import DataError
 from raylora.base.storage import open_storage
 from raylora.data.dataset import (
     PlanFacts,
-    prepare,
 )
 
 
 def test_other_encoders_have_other_folders(tmp_path: Path, cache_url: str):
     folder = fill_folder(tmp_path / "images", 3)
     options = small_options(folder)
-    one = prepare(options, cache_url, **FACTS)
-    two = prepare(options, cache_url, **{**FACTS, "text_facts": {"clip_skip": 2}})
+    one = plan_of(options, cache_url, **FACTS)
+    two = plan_of(options, cache_url, **{**FACTS, "text_facts": {"clip_skip": 2}})
     assert one.facts.latents_folder == two.facts.latents_folder
     assert one.facts.text_folder != two.facts.text_folder
     cache = open_storage(cache_url)
     recipe = json.loads(cache.read(f"{two.facts.text_folder}/recipe.json"))
-    assert recipe == {"kind": "text", "format": 1, "encoder": {"clip_skip": 2}}
+    assert recipe == {"kind": "text", "format": 2, "encoder": {"clip_skip": 2}}
     recipe = json.loads(cache.read(f"{one.facts.latents_folder}/recipe.json"))
-    assert recipe["image"]["resolution"] == [96, 96]
+    assert recipe == {"kind": "latents", "format": 2, "encoder": NumpyEncoder.latents_facts}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5, 40])
@@ -43,18 +43,18 @@ def test_there_are_two_items_a_worker_where_entries_allow(
     tmp_path: Path, cache_url: str, workers: int
 ):
     folder = fill_folder(tmp_path / "images", 30)
-    done = prepare(small_options(folder), cache_url, workers=workers, **FACTS)
+    done = plan_of(small_options(folder), cache_url, workers=workers, **FACTS)
     latents = [item for item in done.items if item.kind == "latents"]
     texts = [item for item in done.items if item.kind == "text"]
     assert len(latents) >= min(30, 2 * workers)
     assert len(texts) >= min(31, 2 * workers)
-    assert sum(len(item.entries) for item in latents) == done.missing("latents") == 30
-    assert sum(len(item.entries) for item in texts) == done.missing("text") == 31
+    assert sum(item.count for item in latents) == done.missing("latents") == 30
+    assert sum(item.count for item in texts) == done.missing("text") == 31
     for item in latents:
-        keys = {key for _, key in item.entries}
+        keys = {picture.key for picture in item.pictures}
         assert {row.bucket for row in done.rows if row.key in keys} == {item.bucket}
     if workers < 10:
-        assert len({len(item.entries) for item in texts}) <= 2  # none is much shorter
+        assert len({item.count for item in texts}) <= 2  # none is much shorter
     assert len(pickle.dumps((done.facts, latents[0]))) < 4000
 
 
@@ -63,7 +63,7 @@ def test_a_data_set_without_captions_is_an_error_that_lists_files(tmp_path: Path
     for name in "abc":
         folder.write(f"{name}.png", image_bytes((96, 96), 1))
     with pytest.raises(DataError, match=r"a.png: no caption.*So have 2 more: b.png, c.png\."):
-        prepare(small_options(folder), cache_url, **FACTS)
+        plan_of(small_options(folder), cache_url, **FACTS)
     dataset = build(small_options(folder, default_caption="x"), cache_url, NumpyEncoder())
     assert {row.caption for row in dataset.rows} == {"x"}
 
@@ -81,7 +81,7 @@ def test_concept_folders_give_repeats_and_captions(tmp_path: Path, cache_url: st
 
 def test_the_facts_of_a_plan_name_its_places(tmp_path: Path, cache_url: str):
     folder = fill_folder(tmp_path / "images", 2)
-    facts = prepare(small_options(folder), cache_url, **FACTS).facts
+    facts = plan_of(small_options(folder), cache_url, **FACTS).facts
     assert isinstance(facts, PlanFacts)
     assert facts.latents_folder.startswith("latents-")
     assert facts.text_folder.startswith("text-")

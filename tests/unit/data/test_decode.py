@@ -1,200 +1,215 @@
-"""A zoo of odd and broken files: each is decoded right, or refused with a reason."""
+"""Decoding at reduced scale, masks, and the way to a bucket; `test_zoo.py` has the odd files."""
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
-from collections.abc import Callable
-from typing import Any
+import sys
+import types
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from datafolders import image_bytes
+from fuzz.decode import damaged, read_all, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from imagezoo import (
+    JXL_BOMB,
+    JXL_BOXED,
+    JXL_PLAIN,
+    greys,
+    jpeg,
+    oriented,
+    profiles,
+    quarters,
+    saved,
+    stored_for,
+)
 from PIL import Image
 
 from raylora.base.errors import DataError
-from raylora.data.bucket import Buckets, Geometry
-from raylora.data.decode import decode_image, encoder_input, fit_image, read_size
+from raylora.data import decode
+from raylora.data.bucket import Buckets, Geometry, Size
+from raylora.data.decode import (
+    decode_image,
+    decode_mask,
+    decode_with_alpha,
+    decoder_name,
+    encoder_input,
+    fit_image,
+    image_suffixes,
+    read_size,
+)
 
 GREEN = (0, 255, 0)
 
 
-def saved(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, form, **options)
-    return sink.getvalue()
+def photo(width: int, height: int) -> np.ndarray:
+    """Slopes, edges and grain, as in a photograph: most of its power in low frequencies."""
+    draw = np.random.default_rng(0)
+    y, x = np.mgrid[0:height, 0:width] / 100
+    picture = np.stack([np.sin(x + y), np.cos(x * y), np.sin(3 * y)], axis=2) * 80 + 128
+    picture[height // 3 : height // 2, width // 4 : width // 2] = (220, 60, 30)
+    picture += draw.normal(0, 4, picture.shape)
+    return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-def two_tone(mode: str, left: Any, right: Any) -> Image.Image:
-    """6 x 4 pixels, the left half one colour and the right half another."""
-    image = Image.new(mode, (6, 4), right)
-    image.paste(left, (0, 0, 3, 4))
-    return image
-
-
-def turned(orientation: int) -> bytes:
-    """A JPEG that is red left and blue right in the file, to be turned by its EXIF block."""
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image = two_tone("RGB", (255, 0, 0), (0, 0, 255)).resize((48, 32), Image.Resampling.NEAREST)
-    return saved(image, "JPEG", quality=95, exif=exif)
-
-
-def palette_with_alpha() -> bytes:
-    image = two_tone("P", 0, 1)
-    image.putpalette([255, 0, 0, 0, 0, 255])
-    return saved(image, transparency=1)
-
-
-def deep_grey() -> bytes:
-    grey = np.full((4, 6), 257 * 200, np.uint16)
-    grey[:, :3] = 257 * 10
-    return saved(Image.fromarray(grey))
-
-
-def fractions() -> bytes:
-    grey = np.full((4, 6), 0.5, np.float32)
-    grey[:, :3] = 0.0
-    return saved(Image.fromarray(grey), "TIFF")
-
-
-def animated() -> bytes:
-    frames = [two_tone("RGB", (255, 0, 0), (0, 0, 255)), two_tone("RGB", GREEN, GREEN)]
-    return saved(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
-
-
-def png(width: int, height: int, *, text_bytes: int = 0) -> bytes:
-    """A PNG header that promises anything, over no pixels at all."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(text_bytes))) if text_bytes else b""
-    body = chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + text + body
-
-
-def broken_exif() -> bytes:
-    return saved(two_tone("RGB", (255, 0, 0), (0, 0, 255)), "PNG", exif=b"Exif\0\0II*\0garbage")
-
-
-RED, BLUE = (255, 0, 0), (0, 0, 255)
-
-READABLE: dict[str, tuple[Callable[[], bytes], tuple[int, ...], tuple[int, ...]]] = {
-    # what it is: bytes, colour on the left, colour on the right
-    "rgb": (lambda: saved(two_tone("RGB", RED, BLUE)), RED, BLUE),
-    "bmp": (lambda: saved(two_tone("RGB", RED, BLUE), "BMP"), RED, BLUE),
-    "palette": (lambda: saved(two_tone("RGB", RED, BLUE).quantize(4)), RED, BLUE),
-    "palette with a transparent colour": (palette_with_alpha, RED, GREEN),
-    "one bit": (lambda: saved(two_tone("1", 0, 1)), (0, 0, 0), (255, 255, 255)),
-    "grey": (lambda: saved(two_tone("L", 10, 200)), (10,) * 3, (200,) * 3),
-    "grey with alpha": (lambda: saved(two_tone("LA", (10, 255), (9, 0))), (10,) * 3, GREEN),
-    "transparent": (lambda: saved(two_tone("RGBA", (*RED, 255), (9, 9, 9, 0))), RED, GREEN),
-    "half transparent": (
-        lambda: saved(two_tone("RGBA", (*RED, 255), (*RED, 128))),
-        RED,
-        (128, 127, 0),
-    ),
-    "cmyk": (
-        lambda: saved(two_tone("CMYK", (0, 255, 255, 0), (255, 255, 0, 0)), "TIFF"),
-        RED,
-        BLUE,
-    ),
-    "16 bit grey": (deep_grey, (10,) * 3, (200,) * 3),
-    "float grey": (fractions, (0, 0, 0), (128, 128, 128)),
-    "animated": (animated, RED, BLUE),
-    "broken exif": (broken_exif, RED, BLUE),
-    "a png named jpg": (lambda: saved(two_tone("RGB", RED, BLUE)), RED, BLUE),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@pytest.mark.parametrize("kind", READABLE)
-def test_odd_files_are_decoded_right(kind: str):
-    make, left, right = READABLE[kind]
-    data = make()
-    pixels = decode_image(data, "odd.jpg", GREEN)
-    assert (pixels.shape, pixels.dtype) == ((4, 6, 3), np.uint8)
-    assert read_size(data, "odd.jpg") == (6, 4)
-    assert tuple(pixels[1, 1]) == left
-    assert tuple(pixels[1, 4]) == right
+def to_bucket(pixels: np.ndarray, resized: Size) -> np.ndarray:
+    return fit_image(pixels, Geometry(resized, resized, (0, 0), (0, 0)), GREEN).astype(int)
 
 
 @pytest.mark.parametrize(
-    ("orientation", "size", "red_at"),
+    ("target", "decoded"),
     [
-        (1, (48, 32), (16, 4)),
-        (3, (48, 32), (16, 44)),
-        (6, (32, 48), (4, 16)),
-        (8, (32, 48), (44, 16)),
+        ((512, 320), (1024, 640)),
+        ((256, 160), (512, 320)),
+        ((128, 80), (256, 160)),
+        ((64, 40), (256, 160)),
+        ((257, 160), (1024, 640)),
+        ((256, 161), (1024, 640)),
+        ((513, 320), (2048, 1280)),
+        ((3000, 2000), (2048, 1280)),
     ],
 )
-def test_exif_orientation_is_obeyed(
-    orientation: int, size: tuple[int, int], red_at: tuple[int, int]
+def test_a_large_jpeg_is_decoded_at_twice_its_target_or_more(target: Size, decoded: Size):
+    data = jpeg(Image.new("RGB", (2048, 1280), GREEN))
+    assert decode_image(data, "a", target=target).shape[1::-1] == decoded
+    assert decode_image(data, "a").shape[1::-1] == (2048, 1280)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_target_is_that_of_the_upright_picture(number: int):
+    upright = quarters(1024, 256)
+    data = jpeg(stored_for(number, upright), exif=oriented(number))
+    small = decode_image(data, "a", target=(128, 32))
+    assert small.shape == (64, 256, 3)
+    # What quality 95 rounds; the few pixels of the seams may be further off.
+    assert np.percentile(np.abs(small.astype(int) - quarters(256, 64)), 98) <= 4
+    flat = decode_image(data, "a", target=(128, 64))  # its height allows no more than a half
+    assert flat.shape == (128, 512, 3)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "BMP"])
+def test_a_target_changes_nothing_of_other_formats(form: str):
+    data = saved(photo(400, 300), form)
+    whole = decode_image(data, "a")
+    np.testing.assert_array_equal(decode_image(data, "a", target=(20, 15)), whole)
+
+
+@pytest.mark.parametrize("scale", [4, 8, 16])
+def test_reduced_decoding_changes_the_resized_picture_by_less_than_a_level(scale: int):
+    size = (1600, 1200)
+    target = (size[0] // scale, size[1] // scale)
+    data = jpeg(photo(*size), quality=90, subsampling=2)
+    whole = to_bucket(decode_image(data, "a"), target)
+    reduced = to_bucket(decode_image(data, "a", target=target), target)
+    off = np.abs(whole - reduced)
+    # The decoder halves by cutting off DCT frequencies, not by averaging, so that the pixels beside
+    # an edge differ; on the mean it is no more than the two roundings to whole levels.
+    assert 0 < off.mean() < 1
+    assert np.percentile(off, 99) <= 6
+
+
+def test_the_alpha_channel_is_turned_with_its_picture():
+    upright = np.dstack([quarters(40, 20), np.full((20, 40), 255, np.uint8)])
+    upright[:10, :20, 3] = 7
+    data = saved(stored_for(6, upright), "WEBP", lossless=True, exif=oriented(6))
+    pixels, alpha = decode_with_alpha(data, "a")
+    assert pixels.shape == (20, 40, 3)
+    np.testing.assert_array_equal(alpha, upright[..., 3])
+
+
+def test_a_picture_without_transparency_has_no_alpha():
+    assert decode_with_alpha(saved(quarters()), "a")[1] is None
+
+
+def test_a_mask_is_the_red_channel_upright():
+    upright = quarters(40, 20)
+    data = saved(stored_for(8, upright), exif=oriented(8))
+    np.testing.assert_array_equal(decode_mask(data, "m"), upright[..., 0])
+
+
+def test_the_clear_parts_of_a_mask_count_as_black():
+    mask = np.full((4, 6, 4), 255, np.uint8)
+    mask[:, :3, 3] = 0
+    np.testing.assert_array_equal(decode_mask(saved(mask), "m")[0], [0, 0, 0, 255, 255, 255])
+
+
+def test_a_masks_colour_profile_is_passed_over():
+    data = profiles()["grey profile"].data
+    np.testing.assert_array_equal(decode_mask(data, "m"), greys())
+    assert (decode_image(data, "m")[..., 0] != greys()).any()
+
+
+def test_a_mask_that_cannot_be_read_is_refused_by_name():
+    with pytest.raises(DataError, match=r"^m\.png: not an image that can be read, but text$"):
+        decode_mask(b"hello", "m.png")
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels():
+    data = saved(photo(600, 400))
+    assert read_size(data[:200], "a") == (600, 400)
+    with pytest.raises(DataError, match="truncated"):
+        decode_image(data[:200], "a")
+
+
+@pytest.fixture
+def forget() -> Iterator[None]:
+    """What is installed is looked up anew, before and after."""
+    for known in (decode._formats, image_suffixes):
+        known.cache_clear()
+    yield
+    for known in (decode._formats, image_suffixes):
+        known.cache_clear()
+
+
+BASE = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def test_endings_are_those_that_can_be_read(forget: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)  # cannot be imported
+    monkeypatch.delitem(Image.OPEN, "JXL", raising=False)
+    monkeypatch.setattr("PIL.features.check", lambda name: name == "avif")
+    assert image_suffixes() == BASE | {".avif"}
+    image_suffixes.cache_clear()
+    monkeypatch.setattr("PIL.features.check", lambda name: False)
+    assert image_suffixes() == BASE
+    assert " with " not in decoder_name()
+
+
+def test_jpeg_xl_is_read_once_its_plugin_is_installed(
+    forget: None, monkeypatch: pytest.MonkeyPatch
 ):
-    data = turned(orientation)
-    pixels = decode_image(data, "phone.jpg")
-    assert read_size(data, "phone.jpg") == size == (pixels.shape[1], pixels.shape[0])
-    red, _, blue = pixels[red_at].astype(int)
-    assert red > 200
-    assert blue < 50
+    shown = Image.new("RGB", (12, 8))
+    shown.format = "JXL"
+    monkeypatch.setitem(sys.modules, "pillow_jxl", types.ModuleType("pillow_jxl"))
+    monkeypatch.setitem(Image.OPEN, "JXL", (lambda *_: shown, lambda data: True))
+    assert ".jxl" in image_suffixes()
+    assert decoder_name().endswith(" with jxl")
+    assert read_size(JXL_PLAIN, "a") == (12, 8)
+    with pytest.raises(DataError, match="1073741824x1073741824 px is more than 89 million"):
+        read_size(JXL_BOMB, "a")
 
 
-def lab() -> bytes:
-    return saved(Image.new("LAB", (4, 4)), "TIFF")
-
-
-def wide_grey() -> bytes:
-    return saved(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF")
-
-
-UNREADABLE: dict[str, tuple[Callable[[], bytes], str]] = {
-    "zero bytes": (lambda: b"", "the file is empty"),
-    "text": (lambda: b"<html>not found</html>", "not an image that can be read"),
-    "bomb": (lambda: png(65_000, 65_000), "4225000000 pixels. exceeds limit"),
-    "large": (lambda: png(10_000, 10_000), "10000x10000 px is more than 89 million"),
-    "giant text": (lambda: png(4, 4, text_bytes=80_000_000), "(?i)text|decompress"),
-    "no pixels": (lambda: png(4, 4), "bad.png: "),
-    "truncated jpeg": (lambda: image_bytes((200, 200), 1, "JPEG")[:-600], "truncated"),
-    "truncated png": (lambda: image_bytes((200, 200), 1)[:-3000], "truncated"),
-    "truncated webp": (lambda: image_bytes((200, 200), 1, "WEBP")[:-300], "bad.png: "),
-    "truncated bmp": (lambda: image_bytes((200, 200), 1, "BMP")[:-300], "truncated"),
-    "grey beyond 16 bits": (wide_grey, "grey values outside 0 to 65535"),
-}
-
-
-@pytest.mark.parametrize("kind", UNREADABLE)
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_broken_files_are_refused_with_key_and_reason(kind: str):
-    make, reason = UNREADABLE[kind]
-    with pytest.raises(DataError, match=reason) as caught:
-        decode_image(make(), "bad.png")
-    assert str(caught.value).startswith("bad.png: ")
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]),
-    st.integers(0, 2**32),
-    st.integers(1, 30),
+@pytest.mark.parametrize(
+    ("start", "size"),
+    [  # made by pillow-jxl-plugin 1.3.8
+        ("ff0a01412408000100ac00", (12, 8)),
+        ("ff0af881ce0788040802", (1000, 64)),
+        ("ff0a047102dd2e100908", (3000, 20001)),
+        (JXL_BOXED.hex(), (12, 8)),
+    ],
 )
+def test_the_size_of_a_jpeg_xl_is_in_its_first_bits(start: str, size: Size):
+    assert decode._jxl_size(bytes.fromhex(start)) == size
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32))
 @pytest.mark.filterwarnings("ignore")
-def test_no_damage_to_a_file_raises_anything_but_a_data_error(form: str, seed: int, count: int):
-    draw = np.random.default_rng(seed)
-    data = np.frombuffer(image_bytes((24, 16), 1, form), np.uint8).copy()
-    data[draw.integers(0, len(data), count)] = draw.integers(0, 256, count)
-    try:
-        pixels = decode_image(data.tobytes(), "damaged")
-    except DataError:
-        return
-    assert pixels.dtype == np.uint8
-    assert pixels.shape[2] == 3
+def test_no_damage_to_a_file_raises_anything_but_a_data_error(number: int):
+    assert read_all(damaged(FILES, 1, number)) in ("shown", "refused")
+
+
+FILES = seeds()
 
 
 def test_shrinking_averages_areas_and_crops_the_centre():
@@ -221,7 +236,7 @@ def test_padding_fills_with_the_background():
 
 
 def test_an_image_of_its_buckets_size_is_not_touched():
-    pixels = decode_image(image_bytes((64, 48), 3), "a")
+    pixels = photo(64, 48)
     geometry = Geometry((64, 48), (64, 48), (0, 0), (0, 0))
     assert fit_image(pixels, geometry, GREEN) is not None
     assert (fit_image(pixels, geometry, GREEN) == pixels).all()

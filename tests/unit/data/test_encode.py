@@ -21,6 +21,7 @@ from datafolders import (
     build,
     fill_folder,
     image_bytes,
+    plan_of,
     small_options,
 )
 from numpy.typing import NDArray
@@ -29,7 +30,6 @@ from raylora.base.errors import DataError
 from raylora.base.storage import open_storage
 from raylora.data.dataset import (
     load_dataset,
-    prepare,
     run_item,
 )
 
@@ -38,7 +38,7 @@ def test_items_may_be_done_anywhere_and_twice(tmp_path: Path, cache_url: str):
     folder = fill_folder(tmp_path / "images", 8)
     options = small_options(folder)
     expected = as_bytes(build(options, str(tmp_path / "other"), NumpyEncoder()))
-    planned = prepare(options, cache_url, workers=2, **FACTS)
+    planned = plan_of(options, cache_url, workers=2, **FACTS)
     for item in [*planned.items, planned.items[0]]:
         facts, sent = pickle.loads(pickle.dumps((planned.facts, item)))
         assert run_item(facts, sent, NumpyEncoder()).bad == ()
@@ -86,7 +86,7 @@ def test_latents_that_are_not_numbers_quarantine_the_image(tmp_path: Path, cache
     assert len(build(options, cache_url).rows) == 4
     # Another encoder may do better: the verdict was not about the file.
     facts = {**FACTS, "latents_facts": {"dtype": "float32"}}
-    assert len(prepare(options, cache_url, **facts).rows) == 5
+    assert len(plan_of(options, cache_url, **facts).rows) == 5
 
 
 def test_a_file_that_changes_while_it_is_cached_is_not_taken_for_the_old_one(
@@ -94,7 +94,7 @@ def test_a_file_that_changes_while_it_is_cached_is_not_taken_for_the_old_one(
 ):
     folder = fill_folder(tmp_path / "images", 4)
     options = small_options(folder)
-    planned = prepare(options, cache_url, **FACTS)
+    planned = plan_of(options, cache_url, **FACTS)
     folder.write("image-0002.png", image_bytes((96, 96), 50))
     bad = [
         one for item in planned.items for one in run_item(planned.facts, item, NumpyEncoder()).bad
@@ -123,15 +123,15 @@ def check_whole(cache_url: str) -> None:
 CHILD = """
 import sys, time
 sys.path.insert(0, sys.argv[3])
-from datafolders import NumpyEncoder, small_options
-from raylora.data.dataset import prepare, run_item
+from datafolders import NumpyEncoder, plan_of, small_options
+from raylora.data.dataset import run_item
 
 class Slow(NumpyEncoder):
     def encode_images(self, pixels):
         time.sleep(0.005)
         return super().encode_images(pixels)
 
-plan = prepare(small_options(sys.argv[1]), sys.argv[2], latents_facts=NumpyEncoder.latents_facts,
+plan = plan_of(small_options(sys.argv[1]), sys.argv[2], latents_facts=NumpyEncoder.latents_facts,
                text_facts=NumpyEncoder.text_facts, workers=8)
 print("planned", flush=True)
 for item in plan.items:
@@ -158,7 +158,7 @@ def test_after_a_kill_only_what_is_missing_is_encoded(tmp_path: Path, cache_url:
         child.send_signal(signal.SIGKILL)
         child.wait()
         check_whole(cache_url)
-        missing.append(prepare(options, cache_url, **FACTS).missing("latents"))
+        missing.append(plan_of(options, cache_url, **FACTS).missing("latents"))
     assert missing == sorted(missing, reverse=True)
     encoder = NumpyEncoder()
     dataset = build(options, cache_url, encoder)
@@ -171,7 +171,7 @@ def test_two_processes_that_cache_at_once_do_no_harm(tmp_path: Path, cache_url: 
     folder = fill_folder(tmp_path / "images", 40)
     options = small_options(folder)
     expected = as_bytes(build(options, f"{cache_url}-alone", NumpyEncoder()))
-    planned = prepare(options, cache_url, workers=8, **FACTS)
+    planned = plan_of(options, cache_url, workers=8, **FACTS)
     child = start_child(folder.url, cache_url)
     assert child.stdout is not None
     assert child.stdout.readline() == "planned\n"
@@ -193,7 +193,7 @@ def test_two_writers_of_unlike_numbers_agree_on_the_first(tmp_path: Path, s3_url
             return {"latents": super().encode_images(pixels)["latents"] + self.shift}
 
     folder = fill_folder(f"{s3_url}/images", 8)
-    plans = [prepare(small_options(folder), f"{s3_url}/cache", **FACTS) for _ in range(2)]
+    plans = [plan_of(small_options(folder), f"{s3_url}/cache", **FACTS) for _ in range(2)]
 
     def work(number: int) -> None:
         for item in plans[number].items:

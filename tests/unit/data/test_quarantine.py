@@ -13,14 +13,12 @@ from datafolders import (
     build,
     fill_folder,
     image_bytes,
+    plan_of,
     small_options,
 )
 
 from raylora.base.errors import DataError
 from raylora.base.storage import open_storage
-from raylora.data.dataset import (
-    prepare,
-)
 
 
 def quarantine(cache_url: str) -> dict[str, str]:
@@ -66,7 +64,7 @@ def test_too_many_bad_images_stop_the_run_with_reasons(tmp_path: Path, cache_url
         match=r"1 of 10 images cannot be used, more than data.max_bad 0.05 allows. image-0001.png: "
         r"the file is empty. Repair or remove them, or raise data.max_bad",
     ):
-        prepare(small_options(folder), cache_url, **FACTS)
+        plan_of(small_options(folder), cache_url, **FACTS)
     folder.write("image-0001.png", image_bytes((96, 96), 3)[:-900])
     with pytest.raises(DataError, match=r"1 of 10 images cannot be used.*truncated"):
         build(small_options(folder), cache_url, NumpyEncoder())

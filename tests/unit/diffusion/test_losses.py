@@ -13,7 +13,16 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
-from raylora.diffusion.losses import LossOptions, WeightOptions, l1, l2, make_loss, min_snr_weight
+from raylora.diffusion.losses import (
+    LossOptions,
+    WeightOptions,
+    l1,
+    l2,
+    make_loss,
+    masked_mean,
+    min_snr_weight,
+    sample_mean,
+)
 from raylora.diffusion.process import Process
 from raylora.diffusion.schedules import alphas_cumprod
 
@@ -32,8 +41,9 @@ def pair() -> tuple[Tensor, Tensor]:
 def test_errors_are_means_over_one_sample():
     prediction, target = pair()
     error = (prediction - target).numpy()
-    assert l2(prediction, target).tolist() == pytest.approx([float(np.mean(e**2)) for e in error])
-    assert l1(prediction, target).tolist() == pytest.approx([float(np.mean(abs(e))) for e in error])
+    squared, absolute = sample_mean(l2(prediction, target)), sample_mean(l1(prediction, target))
+    assert squared.tolist() == pytest.approx([float(np.mean(e**2)) for e in error])
+    assert absolute.tolist() == pytest.approx([float(np.mean(abs(e))) for e in error])
 
 
 @pytest.mark.parametrize("error", [l1, l2])
@@ -50,10 +60,10 @@ def test_a_samples_loss_does_not_depend_on_its_mates(name: Any, weight: Any):
     loss = make_loss(LossOptions(name=name, weight=WeightOptions(name=weight)), sd15("epsilon"))
     prediction, target = pair()
     timesteps = torch.tensor([0, 1, 200, 500, 999])
-    together = loss(prediction, target, timesteps)
+    together = loss(prediction, target, timesteps, {})
     assert together.shape == (5,)
     for i in range(5):
-        alone = loss(prediction[i : i + 1], target[i : i + 1], timesteps[i : i + 1])
+        alone = loss(prediction[i : i + 1], target[i : i + 1], timesteps[i : i + 1], {})
         assert torch.equal(alone[0], together[i])
 
 
@@ -83,7 +93,7 @@ def test_min_snr_is_that_of_sd_scripts(setting: str):
 
 def test_l2_is_that_of_sd_scripts():
     prediction, target = torch.tensor(GOLDEN["pred"]), torch.tensor(GOLDEN["target"])
-    assert l2(prediction, target).tolist() == pytest.approx(GOLDEN["l2"], rel=1e-6)
+    assert sample_mean(l2(prediction, target)).tolist() == pytest.approx(GOLDEN["l2"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -91,11 +101,53 @@ def test_the_weighted_loss_is_error_times_weight(kind: Any):
     prediction, target = pair()
     timesteps = torch.tensor([0, 1, 200, 500, 999])
     options = LossOptions(name="l1", weight=WeightOptions(name="min_snr", gamma=2.0))
-    found = make_loss(options, sd15(kind))(prediction, target, timesteps)
+    found = make_loss(options, sd15(kind))(prediction, target, timesteps, {})
     share = sd15(kind).alphas_cumprod[timesteps]
     snr = share / (1 - share)
     weight = snr.clamp(max=2.0) / (snr if kind == "epsilon" else snr + 1)
     assert_close(found, (prediction - target).abs().mean((1, 2, 3)) * weight)
+
+
+def test_a_plain_mask_is_that_of_sd_scripts():
+    error, out = (torch.tensor(GOLDEN["masked"][name]) for name in ("loss", "out"))
+    mask = torch.tensor(GOLDEN["masked"]["alpha_masks"]).reshape(2, 1, 8, 2, 8, 2).mean((3, 5))
+    found = masked_mean(error, mask, by_area=False)
+    assert_close(found, out.mean((1, 2, 3)), rtol=1e-5, atol=0)
+
+
+def test_by_area_a_small_subject_weighs_as_much_as_a_large_one():
+    error = torch.full((3, 4, 6, 6), 2.0, dtype=torch.float64)
+    mask = torch.zeros((3, 1, 6, 6), dtype=torch.float64)
+    mask[0, 0, :2, :2], mask[1] = 1.0, 1.0
+    error[0, :, 3:] = 100.0  # outside of the mask
+    assert masked_mean(error, mask, by_area=True).tolist() == [2.0, 2.0, 0.0]
+    assert masked_mean(error, mask, by_area=False).tolist() == pytest.approx([2 / 9, 2.0, 0.0])
+
+
+def test_a_grey_mask_counts_by_its_values():
+    prediction, target = pair()
+    mask = torch.rand((5, 1, 3, 2), generator=torch.Generator().manual_seed(2)).double()
+    found = masked_mean(l2(prediction, target), mask, by_area=True)
+    weights = mask.expand(5, 4, 3, 2).numpy()
+    error = (prediction - target).numpy() ** 2
+    expected = [float(np.average(e, weights=w)) for e, w in zip(error, weights, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("mask", "by_area"), [("area", True), ("plain", False)])
+def test_masks_and_weights_of_a_batch_reach_its_loss(mask: Any, by_area: bool):
+    prediction, target = pair()
+    timesteps = torch.tensor([0, 1, 200, 500, 999])
+    shape = torch.ones((5, 1, 3, 2), dtype=torch.float64)
+    shape[:, :, 1:] = 0.25
+    weighing = {"mask": shape, "weight": torch.tensor([1.0, 0.5, 0.0, 1.0, 2.0]).double()}
+    loss = make_loss(LossOptions(mask=mask), sd15("epsilon"), masked=True, weighed=True)
+    expected = masked_mean(l2(prediction, target), shape, by_area=by_area) * weighing["weight"]
+    assert_close(loss(prediction, target, timesteps, weighing), expected)
+    plain = make_loss(LossOptions(mask=mask), sd15("epsilon"))
+    assert_close(
+        plain(prediction, target, timesteps, weighing), sample_mean(l2(prediction, target))
+    )
 
 
 def test_a_gamma_of_zero_is_refused():

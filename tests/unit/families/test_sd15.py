@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import SD15_MODULES, TINY_BASE, sd15_components
+from pydantic import ValidationError
 from torch.testing import assert_close
 
 from raylora.adapt.keys import kohya_name
@@ -20,14 +22,14 @@ from raylora.families.sd15 import Sd15, Sd15Options
 CPU = torch.device("cpu")
 
 
-def opened(folder: Path = TINY_BASE) -> Sd15:
-    return Sd15(folder, Sd15Options(weights=str(folder)))
+def opened(folder: Path = TINY_BASE, **words: Any) -> Sd15:
+    return Sd15(folder, Sd15Options(weights=str(folder), **words))
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """The configs of the tiny base, to be spoiled."""
-    for part in ("unet", "vae", "scheduler"):
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
         (tmp_path / part).mkdir()
         for file in (TINY_BASE / part).glob("*.json"):
             shutil.copy(file, tmp_path / part)
@@ -69,6 +71,39 @@ def test_a_torn_config_is_told(base: Path):
     (base / "unet/config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"is not JSON .* Fetch the file again"):
         opened(base)
+
+
+def test_more_layers_are_not_skipped_than_there_are(base: Path):
+    opened(base, clip_skip=2)
+    with pytest.raises(
+        WeightsError, match=r"family.clip_skip is 3, .* has 2 layers. Choose 1 to 2"
+    ):
+        opened(base, clip_skip=3)
+    change(base / "text_encoder/config.json", num_hidden_layers=12)
+    opened(base, clip_skip=12)
+
+
+@pytest.mark.parametrize("words", [{"clip_skip": 0}, {"max_tokens": 100}, {"max_tokens": 77}])
+def test_settings_of_text_have_bounds(words: dict[str, int]):
+    with pytest.raises(ValidationError, match=next(iter(words))):
+        Sd15Options(weights="x", **words)
+
+
+def test_each_setting_of_text_names_another_cache_of_texts_alone():
+    settings: list[dict[str, Any]] = [
+        {}, {"clip_skip": 2}, {"max_tokens": 150}, {"max_tokens": 225}, {"weighted_captions": True},
+    ]  # fmt: skip
+    facts = [opened(**words).encoder_facts() for words in settings]
+    assert all(latents == facts[0][0] for latents, _ in facts)
+    assert len({json.dumps(text) for _, text in facts}) == len(settings)
+
+
+@pytest.mark.slow
+def test_weights_in_a_caption_are_counted_as_tokens_only_when_they_are_text():
+    captions = ["ink (cat:1.3)", "ink cat"]
+    weighted = opened(weighted_captions=True).count_tokens(captions)
+    plain = opened().count_tokens(captions)
+    assert weighted[0] == weighted[1] == plain[1] < plain[0]
 
 
 @pytest.mark.slow
@@ -130,6 +165,98 @@ def test_latents_and_captions_are_those_of_the_diffusers_pipeline():
     expected = (posterior.mode() * pipeline.vae.config.scaling_factor).numpy()
     found = encoder.encode_images(pixels)["latents"]
     assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@cache
+def clip() -> tuple[Any, Any]:
+    """The tiny base's tokenizer and text encoder, by transformers alone."""
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(TINY_BASE / "text_encoder", dtype=torch.float32)
+    return tokenizer, encoder.requires_grad_(False).eval()
+
+
+LONG = ", ".join(f"ink icon number {i}" for i in range(60))
+
+
+@pytest.mark.slow
+def test_with_defaults_texts_are_the_last_hidden_states_to_the_bit():
+    tokenizer, encoder = clip()
+    captions = ["ink (cat:1.3), [dog]", "", LONG]
+    ids = tokenizer(
+        captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
+    found = opened().load_encoder(device=CPU).encode_texts(captions)["text"]
+    assert np.array_equal(found, encoder(ids).last_hidden_state.numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_tokens", [75, 150, 225])
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_long_captions_are_read_in_chunks_of_75(max_tokens: int, clip_skip: int):
+    tokenizer, encoder = clip()
+    tokens = tokenizer(LONG).input_ids
+    assert len(tokens) > 227
+    chunks = [tokens[start : start + 75] for start in range(1, max_tokens, 75)]
+    ids = torch.tensor([[tokens[0], *chunk, tokens[-1]] for chunk in chunks])
+    states = encoder(ids, output_hidden_states=True).hidden_states
+    layer = encoder.final_layer_norm(states[-clip_skip])
+    bodies = [row for chunk in layer for row in chunk[1:76]]
+    expected = torch.stack([layer[0, 0], *bodies, layer[-1, 76]])
+    family = opened(max_tokens=max_tokens, clip_skip=clip_skip)
+    found = family.load_encoder(device=CPU).encode_texts(["ink icon", LONG])["text"]
+    assert found.nbytes == 2 * family.text_bytes
+    assert_close(found[1], expected.numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_weights_multiply_the_embeddings_of_their_tokens():
+    tokenizer, _ = clip()
+    plain = opened().load_encoder(device=CPU).encode_texts(["ink icon, cat, dog"])["text"]
+    heavy = opened(weighted_captions=True).load_encoder(device=CPU)
+    found = heavy.encode_texts(["ink icon, (cat:1.5), [dog]"])["text"]
+    factors = np.ones((1, 77, 1), dtype=np.float32)
+    before = 1 + len(tokenizer("ink icon,", add_special_tokens=False).input_ids)
+    cat, dog = (len(tokenizer(word, add_special_tokens=False).input_ids) for word in ("cat", "dog"))
+    factors[:, before : before + cat] = 1.5
+    factors[:, before + cat + 1 : before + cat + 1 + dog] = 1 / 1.1
+    assert_close(found, plain * factors, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [{"clip_skip": 2}, {"max_tokens": 150}, {"weighted_captions": True}]
+)
+def test_previews_are_told_prompts_as_training_is_told_captions(words: dict[str, Any]):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    family = opened(**words)
+    prompt, negative = f"(red heart:1.6), {LONG}", "[blue] cat"
+    renderer = family.load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    latents = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 4, 12, 16))).float()
+    ours = renderer.render(prompt, negative=negative, latents=latents, steps=3, guidance=3.5)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        TINY_BASE, dtype=torch.float32, safety_checker=None
+    )
+    pipeline.scheduler = DDIMScheduler.from_pretrained(TINY_BASE / "scheduler")
+    texts = torch.from_numpy(
+        family.load_encoder(device=CPU).encode_texts([prompt, negative])["text"]
+    )
+    theirs = pipeline(
+        prompt_embeds=texts[:1],
+        negative_prompt_embeds=texts[1:],
+        height=48,
+        width=64,
+        latents=latents,
+        num_inference_steps=3,
+        guidance_scale=3.5,
+        output_type="np",
+    ).images[0]
+    assert abs(ours.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
+    usual = opened().load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    other = usual.render(prompt, negative=negative, latents=latents, steps=3, guidance=3.5)
+    assert abs(ours.astype(int) - other).max() > 1
 
 
 @pytest.mark.slow

@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import image_row
 
-from raylora.data.rows import Row
+from raylora.data.rows import rows_of
 from raylora.data.steps import SampleRef, StepPlan
 from raylora.training.loader import AHEAD, Loader, micro_batches
 from raylora.training.shares import Shares
@@ -21,23 +22,21 @@ BUCKETS = [(48, 80), (64, 64), (80, 48)]
 
 
 class Images:
-    """In a data set's place: fetches count, and can be held up or made to fail."""
+    """In a supply's place: fetches count, and can be held up or made to fail."""
 
     def __init__(self, count: int) -> None:
-        self.rows = [
-            Row(f"{i}.png", 1, (64, 64), bytes(16), bytes(16), "", (64, 64), (0, 0))
-            for i in range(count)
-        ]
+        self.dataset = None
+        self.rows = rows_of([image_row(f"{i}.png") for i in range(count)])
         self.fetched: list[list[str]] = []
         self.fails = False
         self.threads: set[str] = set()
 
-    def fetch(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        self.fetched.append([row.key for row in rows])
+    def fetch(self, samples: Sequence[SampleRef], step: int) -> list[dict[str, Any]]:
+        self.fetched.append([self.rows[sample.row].key for sample in samples])
         self.threads.add(threading.current_thread().name)
         if self.fails:
             raise OSError("the store is gone")
-        return [{"latents": np.array([int(row.key.split(".")[0])])} for row in rows]
+        return [{"latents": np.array([sample.row])} for sample in samples]
 
 
 def loader(images: Images, shares: Shares | None = None, rank: int = 0) -> Loader:

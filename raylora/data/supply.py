@@ -1,0 +1,143 @@
+"""The tensors of a step's showings: taken from the cache, or encoded as they are shown."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raylora.base.encoder import Encoder
+from raylora.base.errors import DataError, MissingObject
+from raylora.base.storage import open_storage
+from raylora.data.dataset import Dataset
+from raylora.data.encode import encode_captions, encode_pictures, is_finite
+from raylora.data.pictures import PictureSource
+from raylora.data.recipe import text_key
+from raylora.data.rows import Row
+from raylora.data.steps import SampleRef, StepPlan
+from raylora.data.variants import Chooser, Showing
+
+Tensors = Mapping[str, NDArray[np.generic]]
+
+# As the cache encodes captions, so that a caption has the same numbers both ways.
+_TEXT_BATCH = 16
+
+
+def measured_tensors(dataset: Dataset, rows: Sequence[Row]) -> list[Tensors]:
+    """The tensors of held-out rows, which count alike; all of a picture where it has no mask."""
+    weight = np.ones((), np.float32)
+    return [{**_with_mask(one), "weight": weight} for one in dataset.fetch(rows)]
+
+
+class Supply:
+    """Gives a step's showings their tensors; safe to use from two threads.
+
+    Besides what the encoders give, each has `weight` (), the weight of its loss, and, where any
+    image of the data set has a mask, `mask` (1, h, w).
+
+    Args:
+        chooser: which variant a showing takes.
+        encoder: of pictures or captions that are encoded as they are shown; None where none are.
+    """
+
+    def __init__(
+        self, dataset: Dataset, plan: StepPlan, chooser: Chooser, encoder: Encoder | None
+    ) -> None:
+        self.dataset = dataset
+        data, sets = dataset.facts.data, dataset.facts.sets
+        self._pictures_live, self._texts_live = data.pictures_live, data.texts_live
+        assert encoder is not None or not self._texts_live
+        self._plan, self._chooser, self._encoder = plan, chooser, encoder
+        self._masked = any(options.masked for options in sets)
+        self._weights = [
+            np.asarray(data.prior_loss_weight if options.is_reg else 1.0, np.float32)
+            for options in sets
+        ]
+        self._lock = threading.Lock()
+
+    def fetch(self, samples: Sequence[SampleRef], step: int) -> list[Tensors]:
+        """The tensors of each showing of a step."""
+        rows = [self.dataset.rows[sample.row] for sample in samples]
+        showings = [
+            self._showing(sample, row, step) for sample, row in zip(samples, rows, strict=True)
+        ]
+        pairs = list(zip(rows, showings, strict=True))
+        pictures = self._live_pictures(pairs) if self._pictures_live else self._pictures(pairs)
+        texts = self._live_texts(pairs) if self._texts_live else self._texts(pairs)
+        return [
+            {
+                **text,
+                **(_with_mask(picture) if self._masked else picture),
+                "weight": self._weights[row.set],
+            }
+            for picture, text, row in zip(pictures, texts, rows, strict=True)
+        ]
+
+    def _showing(self, sample: SampleRef, row: Row, step: int) -> Showing:
+        epoch = step // self._plan.steps_per_epoch
+        return Showing(row.number, sample.number, step, epoch, sample.repeat, row.repeats)
+
+    def _pictures(self, pairs: Sequence[tuple[Row, Showing]]) -> Sequence[Tensors]:
+        keys = [
+            row.latents_keys[self._chooser.picture(showing, len(row.latents_keys))]
+            for row, showing in pairs
+        ]
+        return self.dataset.fetch_pictures(keys)
+
+    def _texts(self, pairs: Sequence[tuple[Row, Showing]]) -> Sequence[Tensors]:
+        keys = []
+        for row, showing in pairs:
+            variant = self._chooser.text(showing, row.set, len(row.text_keys))
+            keys.append(text_key("") if variant is None else row.text_keys[variant])
+        return self.dataset.fetch_texts(keys)
+
+    def _live_pictures(self, pairs: Sequence[tuple[Row, Showing]]) -> Sequence[Tensors]:
+        return [self._live_picture(row, showing) for row, showing in pairs]
+
+    def _live_picture(self, row: Row, showing: Showing) -> Tensors:
+        source = self._sources[row.set]
+        try:
+            file = source.read(row.key, row.mask)
+            look = self._chooser.live_picture(showing, row.set, file.size, row.key)
+            shown = source.show(file, look)
+        except (DataError, MissingObject) as error:
+            raise DataError(
+                f"{row.key}: it was good before training and is not now ({error}). Put it back, "
+                "or run the same command again to go on without it."
+            ) from error
+        with self._lock:
+            assert self._encoder is not None
+            (tensors,) = encode_pictures(self._encoder, [shown])
+        if not is_finite(tensors):
+            raise DataError(f"{row.key}: the image encoder gave NaN or infinity. Remove it.")
+        return tensors
+
+    def _live_texts(self, pairs: Sequence[tuple[Row, Showing]]) -> Sequence[Tensors]:
+        captions = [
+            self._chooser.live_text(showing, row.set, row.caption) for row, showing in pairs
+        ]
+        found: list[Tensors] = []
+        with self._lock:
+            assert self._encoder is not None
+            for start in range(0, len(captions), _TEXT_BATCH):
+                part = captions[start : start + _TEXT_BATCH]
+                found += encode_captions(self._encoder, part, _TEXT_BATCH)
+        return found
+
+    @cached_property
+    def _sources(self) -> list[PictureSource]:
+        facts = self.dataset.facts
+        cache = open_storage(facts.cache_url)
+        return [PictureSource(options, cache) for options in facts.sets]
+
+
+def _with_mask(picture: Tensors) -> dict[str, Any]:
+    found: dict[str, Any] = dict(picture)
+    if "mask" not in found:
+        height, width = found["latents"].shape[-2:]
+        found["mask"] = np.ones((1, height, width), np.float32)
+    return found
