@@ -21,7 +21,7 @@ from raylora.base.fetch import local_folder
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage, open_storage
 from raylora.base.units import mib
-from raylora.data.dataset import CachePlan, Dataset, load_dataset, prepare
+from raylora.data.dataset import CachePlan, Dataset, WorkItem, load_dataset, prepare
 from raylora.data.options import SetOptions
 from raylora.data.steps import StepPlan
 from raylora.data.supply import Supply
@@ -60,6 +60,12 @@ PRECISIONS = {
     "fp64": (torch.float64, torch.float64),
 }
 """(activations and base, adapter and optimizer)."""
+
+
+# A float32 VAE holds a few activations of 256 channels at full size at once. An estimate, to be
+# measured: too much halves the batch.
+ENCODE_BYTES_A_PIXEL = 6 * 256 * 4
+MOST_ENCODED = 16
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,17 @@ def plan_dataset(
         rehash=rehash,
         workers=workers,
     )
+
+
+def image_batch(job: Job, item: WorkItem, device: torch.device) -> int:
+    """How many pictures of a work item are encoded together on this device."""
+    if job.memory.encode_batch is not None:
+        return job.memory.encode_batch
+    if device.type != "cuda" or item.bucket is None:
+        return 1
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    pixels = item.bucket[0] * item.bucket[1]
+    return max(1, min(MOST_ENCODED, free_bytes // (ENCODE_BYTES_A_PIXEL * pixels)))
 
 
 def load_datasets(plans: Sequence[CachePlan]) -> Datasets:

@@ -9,6 +9,7 @@ from raylora.assemble import (
     Datasets,
     claim,
     finish,
+    image_batch,
     load_datasets,
     make_run,
     pick_device,
@@ -100,10 +101,11 @@ def begin(
 def cache_here(checked: Checked) -> Datasets:
     """Encode what is missing in this process; the encoders are loaded only if something is."""
     encoder: Encoder | None = None
+    job, device = checked.job, pick_device(checked.job)
     for plan in checked.plans:
         for item in plan.items:
-            encoder = encoder or checked.family.load_encoder(device=pick_device(checked.job))
-            run_item(plan.facts, item, encoder)
+            encoder = encoder or checked.family.load_encoder(device=device)
+            run_item(plan.facts, item, encoder, image_batch=image_batch(job, item, device))
     return load_datasets(checked.plans)
 
 

@@ -28,8 +28,8 @@ def is_set(column: Column) -> NDArray[np.bool_]:
     """Which values of a column are not null."""
     array = one_chunk(column)
     bitmap = array.buffers()[0]
-    if bitmap is None or not array.null_count:
-        return np.ones(len(array), np.bool_)
+    if bitmap is None or not array.null_count:  # a column of pa.null() has no bitmap either
+        return np.full(len(array), not array.null_count)
     bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")
     return bits[array.offset :][: len(array)].astype(np.bool_)
 

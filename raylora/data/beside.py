@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raylora.data.file_columns import Stems, flags, image_stems, keep, numbers, truths
+from raylora.data.file_columns import Names, flags, image_stems, keep, numbers, truths
 from raylora.data.notes import first_few, images_in_words
 
 Rows = NDArray[np.int32]
 """A row of another table for each image; -1 for none."""
 
 # kohya finds `name.txt` for `name_x_y_w_h.png`, an image with the place of a face.
-_FACE = r"^(.*[^/])(_[^_/]*){4}$"
+_FACE = r"^(.*)(_[^_/]*){4}$"
 
 
 def find_captions(
@@ -59,7 +59,7 @@ def find_captions(
 
 def find_masks(images: pa.Table, masks: pa.Table) -> Rows:
     """The mask of each image: of the same path without the ending, else directly in the folder."""
-    names = Stems(masks["key"], image_stems)
+    names = Names(masks["key"], image_stems)
     rows: list[Rows] = []
     for keys in images["key"].chunks:
         stems = image_stems(keys)
@@ -85,12 +85,12 @@ class _Captions:
     """Tables of caption files, those that are preferred first."""
 
     def __init__(self, files: Sequence[tuple[pa.Table, int]]) -> None:
-        self._tables: list[tuple[int, Stems]] = []
+        self._tables: list[tuple[int, Names]] = []
         start = 0
         for table, ending in files:
             if len(table):
                 cut = partial(pc.utf8_slice_codeunits, start=0, stop=-ending)
-                self._tables.append((start, Stems(table["key"], cut)))
+                self._tables.append((start, Names(table["key"], cut)))
             start += len(table)
 
     def find(self, stems: pa.Array) -> tuple[Rows, NDArray[np.bool_]]:

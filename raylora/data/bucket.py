@@ -82,7 +82,8 @@ class Buckets:
         minimum, maximum: shortest and longest side of a bucket; rounded to `step` outwards.
         step: sides are multiples of it.
         no_upscale: images keep their size unless their area exceeds that of `resolution`; then the
-            set is open and `minimum` and `maximum` are not looked at.
+            set is open and `minimum` and `maximum` are not looked at. As in sd-scripts, a bucket of
+            a thin image may then exceed the area by what rounding a side to a pixel adds.
 
     Raises:
         OptionError: `resolution` does not lie between `minimum` and `maximum`.

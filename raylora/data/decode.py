@@ -28,6 +28,8 @@ Pixels = NDArray[np.uint8]
 
 # Pillow's own warning level: a quarter of a gigabyte of RGB.
 MAX_IMAGE_PIXELS = 89_478_485
+# That of JPEG. Pillow's raw decoder takes time by the square of a row's length.
+MAX_SIDE = 65_535
 WHITE = (255, 255, 255)
 _BLACK = (0, 0, 0)
 
@@ -53,6 +55,7 @@ _UNREADABLE = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    ImageCms.PyCMSError,
 )
 # What Pillow warns of either does no harm to the pixels or comes as an error as well.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -67,8 +70,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Modes that a profile can belong to, by the name of the profile's own space.
-_PROFILE_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 _FILTERS: dict[Interpolation, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
@@ -141,8 +142,9 @@ def decode_image(
 
     Args:
         target: width and height, upright, that the pixels will be resized to. A JPEG of at least
-            four times that is decoded at 1/2, 1/4 or 1/8, several times faster; what comes back
-            then has not the file's size (`read_size`), but at least twice `target` on both sides.
+            four times that is decoded at 1/2, 1/4 or 1/8, in a third to two thirds of the time;
+            what comes back then is not of the file's size (`read_size`), but at least twice
+            `target` on both sides.
 
     Raises:
         DataError: not an image, truncated or broken, or too large; with the key and the reason.
@@ -243,6 +245,8 @@ def _check_area(size: Size) -> None:
             f"{size[0]}x{size[1]} px is more than {MAX_IMAGE_PIXELS / 1e6:.0f} million "
             "pixels; shrink it"
         )
+    if max(size) > MAX_SIDE:
+        raise ValueError(f"{size[0]}x{size[1]} px: a side is longer than {MAX_SIDE} px; cut it")
 
 
 def _check_scans(data: bytes) -> None:
@@ -318,8 +322,9 @@ def _decode(
     _scale_transparency(image)
     image.load()
     profile = image.info.get("icc_profile") if managed else None
-    colours, alpha = _split(_eight_bits(image))
-    seen = _to_srgb(colours, profile)
+    seen, alpha = _split(_eight_bits(image))
+    del image  # what is allowed is still a third of a gigabyte, and each step makes another
+    seen = _to_srgb(seen, profile)
     if alpha is not None:
         canvas = Image.new("RGB", seen.size, background)
         canvas.paste(seen, mask=alpha)
@@ -365,7 +370,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """The colours, in a mode that a profile can belong to, and the alpha channel."""
     if not image.has_transparency_data:
-        known = image.mode in _PROFILE_SPACES or image.mode == "LAB"
+        known = image.mode in ("L", "RGB", "CMYK", "LAB")
         return image if known else image.convert("RGB"), None
     seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     is_grey = image.mode in ("L", "LA", "La")
@@ -375,28 +380,26 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _to_srgb(colours: Image.Image, profile: bytes | None) -> Image.Image:
     """RGB as a browser shows it: through the embedded profile, unless that is broken or of another
     kind of image."""
-    space = _PROFILE_SPACES.get(colours.mode)
     try:
         if colours.mode == "LAB":
             source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
         elif profile:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if source.profile.xcolor_space.strip() != space:
-                return colours.convert("RGB")
         else:
             return colours.convert("RGB")
         road = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), colours.mode, "RGB")
         if colours.mode == "RGB" and _changes_nothing(road):
             return colours
         return ImageCms.applyTransform(colours, road) or colours
-    except (ImageCms.PyCMSError, *_UNREADABLE):
+    except _UNREADABLE:
         if colours.mode == "LAB":
             raise
         return colours.convert("RGB")
 
 
 def _changes_nothing(road: ImageCms.ImageCmsTransform) -> bool:
-    """Whether a profile is sRGB under whatever name: two steps of rounding at most."""
+    """Whether a profile is sRGB under whatever name, as most are: then its conversion, which may
+    take longer than decoding, is spared. Two levels are rounding."""
     levels = np.arange(0, 256, 51, dtype=np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(6, 36, 3)
     shown = ImageCms.applyTransform(Image.fromarray(cube), road)

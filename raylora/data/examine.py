@@ -346,6 +346,8 @@ class _RowMaker:
         look = self._looks.get(size)
         if look is None:
             look = draw_picture(self._options, size, key, number, seed=0, variant=PLAIN)
+            if len(self._looks) >= _CHUNK:  # a bound, for images of a million sizes
+                self._looks.clear()
             self._looks[size] = look
         return look
 

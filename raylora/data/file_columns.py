@@ -18,7 +18,8 @@ from raylora.base.columns import Column, is_set, one_chunk
 from raylora.base.storage import Entry
 
 _CHUNK = 2**15
-_NAMES = ["key", "size_bytes", "tag"]
+_COLUMNS = ["key", "size_bytes", "tag"]
+_NO_ROWS = np.empty(0, np.int32)
 
 
 class FileColumns:
@@ -52,31 +53,37 @@ class FileColumns:
         self._last_key = keys[-1] if keys else ""
         sizes = numbers(np.array([entry.size_bytes for entry in entries], np.int64))
         columns = [strings(keys), sizes, strings([entry.tag for entry in entries])]
-        self._chunks.append(pa.RecordBatch.from_arrays(columns, _NAMES))
+        self._chunks.append(pa.RecordBatch.from_arrays(columns, _COLUMNS))
 
 
-class Stems:
-    """What names have in common with those that belong to them, to be found without holding it.
+class Names:
+    """Finds names among a million others, a chunk at a time.
 
-    A hash of all stems would take more memory than the names do. Names come sorted, so nearly all
-    chunks of others can be passed over by their first and last one.
+    A hash of them all would take more memory than they do. Nearly all are sorted, so nearly all
+    chunks can be passed over by their lowest and highest name.
 
     Args:
-        keys: the names.
-        cut: makes stems of a chunk of names.
+        names: those that are looked into.
+        cut: makes what is looked for of a chunk of names, such as names without their endings.
     """
 
-    def __init__(self, keys: pa.ChunkedArray, cut: Callable[[pa.Array], pa.Array]) -> None:
+    def __init__(
+        self, names: pa.ChunkedArray, cut: Callable[[pa.Array], pa.Array] = lambda chunk: chunk
+    ) -> None:
         self._cut = cut
         self._chunks: list[tuple[int, str, str, pa.Array]] = []
         start = 0
-        for chunk in keys.chunks:
+        for chunk in names.chunks:
             if len(chunk):
                 self._chunks.append((start, *_bounds(cut(chunk)), chunk))
             start += len(chunk)
 
+    def find_all(self, wanted: pa.ChunkedArray) -> NDArray[np.int32]:
+        """As `find`, for a whole column."""
+        return np.concatenate([_NO_ROWS, *map(self.find, wanted.chunks)])
+
     def find(self, wanted: pa.Array) -> NDArray[np.int32]:
-        """The first row that has each stem; -1 where none has."""
+        """The first row that has each name; -1 where none has."""
         rows = np.full(len(wanted), -1, np.int32)
         if not len(wanted):
             return rows

@@ -78,7 +78,6 @@ def choose_by_folders(
         depth = as_numpy(pc.count_substring(batch["key"], "/"))
         # -1 stands for no concept, and takes the last of `counts`.
         row = positions(pc.replace_substring_regex(batch["key"], "/.*", ""), folders)
-        row[depth == 0] = -1
         depth_used = 1 if concepts else 0
         used = (depth >= depth_used) if words.recursive else (depth == depth_used)
         used &= (row >= 0) == bool(concepts)

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raylora.base.columns import as_numpy, is_set, one_chunk
+from raylora.base.columns import as_numpy, is_set
 from raylora.base.errors import DataError
 from raylora.base.storage import Storage, open_storage
 from raylora.data import decode
 from raylora.data.beside import Rows, find_captions, find_masks, only_used
-from raylora.data.file_columns import FileColumns, flags, image_stems, keep, numbers, positions
+from raylora.data.file_columns import FileColumns, Names, flags, image_stems, keep, numbers
 from raylora.data.folders import ConceptFinder, Concepts, choose_by_folders
 from raylora.data.manifest import read_manifest
 from raylora.data.notes import first_few, images_in_words
@@ -168,7 +168,7 @@ def _choose_by_manifest(
         raise DataError(f"{words.manifest}: it names no image. Check manifest.")
     named, notes = _last_of_each(named)
     names = named["name"]
-    rows = positions(images["key"], names)
+    rows = Names(names).find_all(images["key"])
     hit = np.zeros(len(named), np.bool_)
     hit[rows[rows >= 0]] = True
     if not hit.all():
@@ -189,35 +189,41 @@ def _choose_by_manifest(
     rows = rows[rows >= 0]
     repeats = as_numpy(named["repeats"])[rows]
     chosen = _as_written(chosen, words, np.where(repeats > 0, repeats, np.int32(words.repeats)))
-    caption = one_chunk(named["caption"]).take(numbers(rows))
+    caption = named["caption"].take(numbers(rows))
     return chosen.append_column("caption", caption), notes
 
 
 def _last_of_each(named: pa.Table) -> tuple[pa.Table, list[str]]:
-    first = positions(named["name"], named["name"])
-    double = len(named) - len(np.unique(first))
+    names, rows = named["name"], np.arange(len(named))
+    double = int((Names(names).find_all(names) != rows).sum())
     if not double:
         return named, []
-    named = named.take(numbers(np.arange(len(named))[::-1]))
-    named = keep(named, positions(named["name"], named["name"]) == np.arange(len(named)))
+    named = named.take(numbers(rows[::-1]))
+    names = named["name"]
+    named = keep(named, Names(names).find_all(names) == rows)
     return named, [f"{images_in_words(double)} listed again; the last row of each counts."]
 
 
 def _match_stems(
     images: pa.Table, names: pa.ChunkedArray, rows: Rows, hit: NDArray[np.bool_]
-) -> Iterator[str]:
-    """sd-scripts' lists may lack endings: give such a name the first image of that stem."""
-    found = positions(image_stems(images["key"]), names)
+) -> list[str]:
+    """sd-scripts' lists may lack endings: give such a name the first image of that stem.
+
+    Fills in `rows`, the images' rows of the list, and `hit`, which rows have an image.
+    """
+    found = Names(names).find_all(image_stems(images["key"]))
     free = np.flatnonzero((rows < 0) & (found >= 0))
     free = free[~hit[found[free]]]
     _, firsts = np.unique(found[free], return_index=True)
     rows[free[firsts]] = found[free[firsts]]
-    hit[found[free]] = True
-    if len(free) > len(firsts):
-        yield (
-            f"{images_in_words(len(free) - len(firsts))} not used: the list names another one that "
-            "differs only in its ending."
-        )
+    hit[found[found >= 0]] = True
+    left = len(free) - len(firsts)
+    if not left:
+        return []
+    return [
+        f"{images_in_words(left)} not used: the list names another one that differs only in its "
+        "ending."
+    ]
 
 
 def _as_written(images: pa.Table, words: SetOptions, repeats: Rows | None = None) -> pa.Table:

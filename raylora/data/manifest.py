@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 IMAGE_WORDS = ("image_path", "image", "file_name", "path", "key")
 TEXT_WORDS = ("caption", "text")
-_ROWS = 2**13
+_ROWS = 2**15
+_PARQUET_ROWS = 2**12
 _MOST_REPEATS = 2**31 - 1
 _NAMES = ["name", "caption", "repeats"]
 
@@ -262,7 +263,7 @@ def _parquet(storage: Storage, entry: Entry, url: str) -> Iterator[tuple[str, _R
         columns = _columns(file.schema_arrow, url)
         number = 0
         # More threads would seek in one file at a time.
-        for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=columns, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{url}, row {number}", row

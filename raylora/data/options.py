@@ -141,13 +141,13 @@ class SetOptions(SetWords):
         """Whether its images have masks."""
         return self.alpha_mask or self.mask_folder is not None
 
-    @property
+    @cached_property
     def draws_pictures(self) -> bool:
         """Whether anything about a picture is drawn."""
         words = (self.flip_aug, self.color_aug, self.random_crop, self.face_crop_aug_range)
         return any(words) and not self.plain
 
-    @property
+    @cached_property
     def draws_texts(self) -> bool:
         """Whether anything about a caption is drawn, apart from leaving it out."""
         return is_drawn(self) and not self.plain
@@ -197,15 +197,14 @@ def resolve(data: DataOptions, native: Native) -> tuple[SetOptions, ...]:
 
 
 def _whole(given: dict[str, Any], native: Native, place: str) -> SetOptions:
-    resolution = given.get("resolution") or native.resolution
+    chosen = {word: value for word, value in given.items() if value is not None}
+    resolution = chosen.get("resolution", native.resolution)
     size: Size = (resolution,) * 2 if isinstance(resolution, int) else tuple(resolution)
     defaults = {
-        "resolution": size,
         "min_bucket_reso": min(256, max(PIXEL_STEP, min(size) // 2)),
-        "max_bucket_reso": 2 * max(size),
+        "max_bucket_reso": max(PIXEL_STEP, 2 * max(size)),
         "bucket_reso_steps": native.bucket_step,
     }
-    chosen = {word: value for word, value in given.items() if value is not None}
     try:
         return SetOptions.model_validate({**defaults, **chosen, "resolution": size})
     except ValidationError as error:

@@ -27,7 +27,7 @@ _FLUSH_ROWS = 4096
 _FLUSH_SECONDS = 10.0
 # Raised when what is remembered of a file changes: version 2 holds whole caption files.
 _FORMAT = 2
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("size_bytes", pa.int64()),
@@ -40,6 +40,7 @@ _SCHEMA = pa.schema(
         ("judge", pa.string()),
     ]
 )
+"""Columns of what is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class SourceMemory:
         self._judges = pa.array(sorted(judges), pa.string())
         self._writer = NumberedWriter(cache, self._folder, ".parquet")
         self._lock = threading.Lock()
-        self._known = _SCHEMA.empty_table()
+        self._known = SCHEMA.empty_table()
         self._later: list[pa.Table] = []  # oldest first, not merged into `_known` yet
         self._new: dict[str, Seen] = {}
         self._flushed = time.monotonic()
@@ -91,15 +92,15 @@ class SourceMemory:
         with self._lock:
             for number, data in read_numbered(self._cache, self._folder, after=self._last):
                 # Not read_table: it reads the schema of a whole data set first.
-                table = pq.ParquetFile(pa.BufferReader(data)).read(columns=_SCHEMA.names)
+                table = pq.ParquetFile(pa.BufferReader(data)).read(columns=SCHEMA.names)
                 judged = pc.or_(pc.is_null(table["bad"]), pc.is_in(table["judge"], self._judges))
-                self._later.append(table.filter(judged).cast(_SCHEMA))
+                self._later.append(table.filter(judged).cast(SCHEMA))
                 self._last = number
 
     def find(self, entries: pa.Table) -> pa.Table:
         """What is known of files: a row for each, null where one has changed or was never seen.
 
-        A copy of a file that was found bad is bad too.
+        A copy of an image that was found bad is bad too.
 
         Args:
             entries: columns key, size_bytes and tag.
@@ -117,6 +118,8 @@ class SourceMemory:
         found = known.select(["sha256", "width", "height", "caption", "bad"]).take(at)
         verdicts = known.filter(pc.is_valid(known["bad"]))
         copies = pc.index_in(found["sha256"], value_set=verdicts["sha256"])
+        # Text that makes no image may make a caption all the same.
+        copies = pc.if_else(pc.is_null(found["caption"]), copies, pa.scalar(None, pa.int32()))
         bad = pc.coalesce(found["bad"], verdicts["bad"].take(copies))
         return found.set_column(4, "bad", bad)
 
@@ -124,7 +127,7 @@ class SourceMemory:
         """Why a file cannot be used, where that is known of the file as it is now."""
         table = pa.table(
             {"key": [entry.key], "size_bytes": [entry.size_bytes], "tag": [entry.tag]},
-            schema=pa.schema([_SCHEMA.field(name) for name in ("key", "size_bytes", "tag")]),
+            schema=pa.schema([SCHEMA.field(name) for name in ("key", "size_bytes", "tag")]),
         )
         found: str | None = self.find(table)["bad"][0].as_py()
         return found
@@ -156,15 +159,16 @@ class SourceMemory:
         with self._lock:
             later = [*self._later, *([_table(list(self._new.values()))] if self._new else [])]
             if later:
-                newest_first = pa.concat_tables([*reversed(later), self._known]).combine_chunks()
-                self._known, self._later = newest_first.filter(_firsts(newest_first["key"])), []
+                self._known = _newest(pa.concat_tables([*reversed(later), self._known]))
+                self._later = []
             return self._known
 
 
-def _firsts(keys: pa.ChunkedArray) -> pa.Array:
-    """Where a key comes for the first time."""
-    first: NDArray[np.int32] = as_numpy(pc.index_in(keys, value_set=keys))
-    return pa.array(first == np.arange(len(first)))
+def _newest(rows: pa.Table) -> pa.Table:
+    """The first row of each key, of rows whose newest come first."""
+    first: NDArray[np.int32] = as_numpy(pc.index_in(rows["key"], value_set=rows["key"]))
+    kept = first == np.arange(len(first))
+    return rows if kept.all() else rows.filter(pa.array(kept))
 
 
 def _table(rows: list[Seen]) -> pa.Table:
@@ -179,5 +183,5 @@ def _table(rows: list[Seen]) -> pa.Table:
         [seen.bad for seen in rows],
         [seen.judge for seen in rows],
     ]
-    arrays = [pa.array(values, kind) for values, kind in zip(columns, _SCHEMA.types, strict=True)]
-    return pa.table(arrays, schema=_SCHEMA)
+    arrays = [pa.array(values, kind) for values, kind in zip(columns, SCHEMA.types, strict=True)]
+    return pa.table(arrays, schema=SCHEMA)

@@ -147,12 +147,16 @@ class Rows(Sequence[Row]):
         return found
 
     def fingerprint(self) -> str:
-        """16 hex digits that name what is trained on: images, captions, buckets and repeats."""
+        """16 hex digits that name what is trained on: all columns but where masks lie, whose bytes
+        name the latents."""
         digest = hashlib.blake2b(digest_size=8)
-        for buffer in self.keys.buffers()[1:]:
-            digest.update(buffer or b"")
-        for column in (self.set, self.repeats, self.latents_keys, self.text_keys):
-            digest.update(np.ascontiguousarray(column).tobytes())
+        for one in fields(self):
+            column = getattr(self, one.name)
+            if isinstance(column, np.ndarray):
+                digest.update(np.ascontiguousarray(column))
+            elif one.name != "masks":
+                for buffer in column.buffers()[1:]:
+                    digest.update(buffer or b"")
         return digest.hexdigest()
 
 

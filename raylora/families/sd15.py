@@ -21,6 +21,7 @@ from raylora.base.fingerprint import file_fingerprint
 from raylora.base.site import Site
 from raylora.diffusion.attention import attention
 from raylora.diffusion.clip_text import caption_tokens, chunk_captions, encode_chunks
+from raylora.diffusion.halving import in_halves
 from raylora.diffusion.process import Prediction, Process
 from raylora.diffusion.schedules import alphas_cumprod
 from raylora.families import Family, FamilyOptions, Renderer
@@ -260,8 +261,12 @@ class _Sd15Encoder:
     @torch.no_grad()
     def encode_images(self, pixels: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         vae = self._parts["vae"]
-        latents = vae.encode(torch.from_numpy(pixels).to(vae.device)).latent_dist.mode()
-        return {"latents": (latents * self._scaling).cpu().numpy()}
+
+        def encode(batch: Tensor) -> Tensor:
+            latents: Tensor = vae.encode(batch.to(vae.device)).latent_dist.mode()
+            return (latents * self._scaling).cpu()
+
+        return {"latents": in_halves(encode, torch.from_numpy(pixels)).numpy()}
 
     @torch.no_grad()
     def encode_texts(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 import torch
 
-from raylora.assemble import Datasets, load_datasets, open_family
+from raylora.assemble import Datasets, image_batch, load_datasets, open_family, pick_device
 from raylora.base.encoder import Encoder
 from raylora.base.log import get_logger, start_logging
 from raylora.check import Checked
@@ -33,20 +33,21 @@ class _Encode:
 
     def __init__(self) -> None:
         start_logging()
-        self._encoder: Encoder | None = None
+        self._loaded: tuple[Job, torch.device, Encoder] | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         work: _Work = pickle.loads(row["work"])
-        encoder = self._encoder or self._load(work)
-        self._encoder = encoder
-        report = run_item(work.facts, work.item, encoder)
+        self._loaded = self._loaded or self._load(work)
+        job, device, encoder = self._loaded
+        batch = image_batch(job, work.item, device)
+        report = run_item(work.facts, work.item, encoder, image_batch=batch)
         return {"encoded": report.encoded, "bad": len(report.bad), "seconds": report.seconds}
 
-    def _load(self, work: _Work) -> Encoder:
+    def _load(self, work: _Work) -> tuple[Job, torch.device, Encoder]:
         stand_in(work.folder)
         job = job_from(work.job)
-        on_gpu = torch.cuda.is_available() and not job.fleet.cpus_only
-        return open_family(job).load_encoder(device=torch.device("cuda" if on_gpu else "cpu"))
+        device = pick_device(job)
+        return job, device, open_family(job).load_encoder(device=device)
 
 
 @dataclass(frozen=True)

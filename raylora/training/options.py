@@ -79,6 +79,9 @@ class MemoryOptions(Options):
     max_micro_batch: int | None = Field(None, ge=1)
     """Images that go through the denoiser together, at most; out of memory halves it. Null is 8, or
     1 where training.sums is exact, which allows no more."""
+    encode_batch: int | None = Field(None, ge=1)
+    """Pictures that go through the VAE together when they are cached; null is 1 on a CPU and what
+    its free memory holds on a GPU. Out of memory halves it."""
 
 
 class ExportOptions(Options):

@@ -106,6 +106,19 @@ def test_entries_lists_a_folder_and_not_its_namesakes(storage: Storage):
     assert storage.read("ünï/貓 \u202f+&=%?.png") == keys[-1].encode()
 
 
+def test_a_scan_gives_what_entries_give(storage: Storage):
+    for key in ["cat/a.png", "cat (2)/b.png", "cat.txt", "cat-x/y/c.png", "é", "z/1", "z/0/1"]:
+        storage.write(key, key.encode())
+    for prefix in ("", "z", "z/0/", "cat", "nothing"):
+        scanned = list(storage.scan(prefix))
+        assert sorted(scanned, key=lambda entry: entry.key) == storage.entries(prefix)
+
+
+def test_a_storage_that_only_has_entries_can_be_scanned(storage: Storage):
+    storage.write("a", b"")
+    assert list(Storage.scan(storage)) == storage.entries()
+
+
 def test_within_is_the_same_place_deeper(storage: Storage):
     inner = storage.within("runs").within("one/")
     inner.write("object", b"data")

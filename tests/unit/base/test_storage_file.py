@@ -156,6 +156,46 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path: Path):
     assert keys == ["one/cat.png", "two/cat.png"]
 
 
+def test_a_scan_is_in_order_of_key_and_looks_into_one_folder_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    keys = [
+        "a b/1",
+        "a!",
+        "a.txt",
+        "a/b/c",
+        "a/b-c/1",
+        "a/b.txt",
+        "a/b0",
+        "a-/1",
+        "a0",
+        "😀",
+        "\uffee",
+    ]
+    for key in keys:
+        (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / key).write_bytes(b"")
+    scan = open_storage(str(tmp_path)).scan()
+    looked: list[str] = []
+    real = os.scandir
+    monkeypatch.setattr(
+        storage_file.os, "scandir", lambda path: (looked.append(path), real(path))[1]
+    )
+    seen = [(next(scan).key, len(looked)) for _ in keys]
+    assert [key for key, _ in seen] == sorted(keys)
+    folders = [2, 2, 3, 3, 5, 5, 6, 6, 6, 6, 6]
+    assert [count for _, count in seen] == folders
+
+
+def test_a_file_deleted_during_a_scan_is_left_out(tmp_path: Path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(b"")
+    scan = open_storage(str(tmp_path)).scan()
+    assert next(scan).key == "a"
+    (tmp_path / "b").unlink()
+    assert [entry.key for entry in scan] == ["c"]
+
+
 def test_a_name_that_is_not_utf8_is_left_out(tmp_path: Path):
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"")
     (tmp_path / "good.png").write_bytes(b"")

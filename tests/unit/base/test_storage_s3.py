@@ -261,6 +261,20 @@ def test_listings_of_several_pages_are_complete(s3_url: str, monkeypatch: pytest
     assert [entry.key for entry in storage.entries("folder")] == keys
 
 
+def test_a_scan_asks_for_a_page_when_it_needs_it(
+    place: Storage, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+):
+    for number in range(7):
+        place.write(f"folder/{number}", b"")
+    s3 = storage_s3._client()
+    monkeypatch.setattr(s3, "list_objects_v2", partial(s3.list_objects_v2, MaxKeys=3))
+    fault_proxy.reset_counts()
+    scan = place.scan("folder")
+    asked = [(next(scan).key, fault_proxy.count("LIST")) for _ in range(7)]
+    assert asked == [(f"folder/{number}", 1 + number // 3) for number in range(7)]
+    assert list(scan) == []
+
+
 def test_folder_markers_and_hidden_names_are_left_out(s3_server: S3Server, s3_url: str):
     s3 = boto3.client("s3", region_name="us-east-1", endpoint_url=s3_server.url)
     prefix = s3_url.removeprefix(f"s3://{BUCKET}/")

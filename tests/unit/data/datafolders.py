@@ -15,7 +15,7 @@ from PIL import Image
 
 from raylora.base.storage import Entry, Storage, open_storage
 from raylora.data import dataset as dataset_module
-from raylora.data import encode, examine, plan, source
+from raylora.data import encode, examine, pictures, plan, source
 from raylora.data.dataset import CachePlan, Dataset, prepare, prepare_and_encode
 from raylora.data.options import DataOptions, Native, SetOptions, resolve
 
@@ -122,17 +122,32 @@ def _put(storage: Storage, key: str, data: bytes) -> None:
     path.write_bytes(data)
 
 
+SMALL: dict[str, Any] = {
+    "resolution": 96,
+    "min_bucket_reso": 64,
+    "max_bucket_reso": 160,
+    "bucket_reso_steps": 16,
+    "local_cache_gib": 0.1,
+}
+
+
 def small_options(folder: Storage | str | Path, **changes: Any) -> DataOptions:
     """Options for images of about 96 px."""
-    url = folder.url if isinstance(folder, Storage) else str(folder)
-    settings: dict[str, Any] = {
-        "resolution": 96,
-        "min_bucket_reso": 64,
-        "max_bucket_reso": 160,
-        "bucket_reso_steps": 16,
-        "local_cache_gib": 0.1,
-    }
-    return DataOptions(folder=url, **{**settings, **changes})
+    return DataOptions(folder=_url(folder), **{**SMALL, **changes})
+
+
+def small_sets(*sets: dict[str, Any], **changes: Any) -> DataOptions:
+    """Options for several sets of such images; folders as of `small_options`."""
+    places = ("folder", "mask_folder")
+    written = [
+        {word: _url(value) if word in places else value for word, value in one.items()}
+        for one in sets
+    ]
+    return DataOptions.model_validate({**SMALL, **changes, "sets": written})
+
+
+def _url(folder: Storage | str | Path) -> str:
+    return folder.url if isinstance(folder, Storage) else str(folder)
 
 
 FACTS: dict[str, Any] = {
@@ -174,7 +189,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened: list[CountingStorage] = []
-        for module in (plan, encode, dataset_module, examine, source):
+        for module in (plan, encode, dataset_module, examine, source, pictures):
             monkeypatch.setattr(module, "open_storage", self._open)
 
     def _open(self, url: str) -> Storage:

@@ -280,8 +280,16 @@ def gamma_curve(gamma: float) -> bytes:
     return b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
 
 
-def rgb_profile(primaries: NDArray[np.float64], gamma: float) -> bytes:
-    tags = {b"rTRC": gamma_curve(gamma), b"gTRC": gamma_curve(gamma), b"bTRC": gamma_curve(gamma)}
+def srgb_table() -> bytes:
+    """The curve of sRGB in 1024 points, as the common profiles have it."""
+    shown = np.arange(1024) / 1023
+    linear = np.where(shown <= 0.04045, shown / 12.92, ((shown + 0.055) / 1.055) ** 2.4)
+    points = np.rint(linear * 65535).astype(">u2").tobytes()
+    return b"curv" + bytes(4) + struct.pack(">I", 1024) + points
+
+
+def rgb_profile(primaries: NDArray[np.float64], curve: bytes) -> bytes:
+    tags = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
     for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries.T, strict=True):
         tags[name] = b"XYZ " + bytes(4) + fixed(*column)
     return profile(b"mntr", b"RGB ", b"XYZ ", tags)
@@ -351,6 +359,8 @@ def refusals() -> dict[str, Exhibit]:
     found = {name: Exhibit(data, refused=reason) for name, (data, reason) in OTHER.items()}
     large, huge = "is more than 89 million pixels", "more than 89 million pixels"
     webp = saved(quarters(64, 64), "WEBP", lossless=True)
+    film = webps()["webp, animated"].data
+    wide = (10_485_771).to_bytes(3, "little") + (7).to_bytes(3, "little")
     bombs: dict[str, tuple[bytes, str]] = {
         "png of 65000 x 65000": (promised(65_000, 65_000), huge),
         "png of 2^31 - 1 squared": (promised(2**31 - 1, 2**31 - 1), huge),
@@ -384,6 +394,8 @@ def refusals() -> dict[str, Exhibit]:
             webp[:21] + struct.pack("<I", 16382 | 16382 << 14) + webp[25:],
             huge,
         ),
+        "webp of 10485772 x 8": (film[:24] + wide + film[30:], "a side is longer than 65535 px"),
+        "png of 70000 x 1": (saved(np.zeros((1, 70_000), np.uint8)), "a side is longer than 65535"),
         "gif of 65535 x 65535": (gif_of(65_535, 65_535), huge),
         "gif of 12000 x 12000": (gif_of(12_000, 12_000), large),
         "bmp of 60000 x 60000": (bmp_of(60_000, 60_000), huge),
@@ -621,8 +633,10 @@ def jpegs() -> dict[str, Exhibit]:
 def profiles() -> dict[str, Exhibit]:
     """Images with colour profiles: shown as a browser shows them."""
     soft, grey = soft_quarters(), greys()
-    wide = rgb_profile(_P3, 2.2)
+    wide = rgb_profile(_P3, gamma_curve(2.2))
     same = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    many = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    table = rgb_profile(_SRGB, curve=srgb_table())
     darker = profile(b"mntr", b"GRAY", b"XYZ ", {b"kTRC": gamma_curve(1.8)})
     darker_seen = srgb_encoded((grey / 255.0) ** 1.8)
     inks = ink_profile({(0, 0, 0, 0): (255, 128, 128), (1, 0, 0, 0): (255 * 60 // 100, 98, 148)})
@@ -644,7 +658,13 @@ def profiles() -> dict[str, Exhibit]:
             left_half(),
             off_by=2,
         ),
-        "sRGB by name": Exhibit(saved(quarters(), icc_profile=same), quarters()),
+        "sRGB": Exhibit(saved(many, icc_profile=same), many),
+        "sRGB of another maker": Exhibit(saved(many, icc_profile=table), many),
+        "nearly sRGB": Exhibit(
+            saved(many, icc_profile=rgb_profile(_SRGB, gamma_curve(2.0))),
+            srgb_encoded((many / 255.0) ** 2.0),
+            off_by=2,
+        ),
         "grey profile": Exhibit(saved(grey, icc_profile=darker), in_rgb(darker_seen), off_by=2),
         "grey image with an RGB profile": Exhibit(saved(grey, icc_profile=wide), in_rgb(grey)),
         "RGB image with a grey profile": Exhibit(saved(soft, icc_profile=darker), soft),
@@ -760,10 +780,12 @@ def sizes() -> dict[str, Exhibit]:
     """Very small and very thin."""
     thin = np.tile(np.array([RED, BLUE], np.uint8), (1500, 1))[None]
     dot = np.array([[SAND]], np.uint8)
+    long = np.broadcast_to(np.array(SAND, np.uint8), (1, 65_535, 3))
     return {
         "one pixel": Exhibit(saved(dot), dot),
         "one pixel, jpeg": Exhibit(jpeg(dot), dot, off_by=4),
         "3000 x 1": Exhibit(saved(thin), thin),
+        "65535 x 1": Exhibit(saved(long), long),
         "1 x 3000": Exhibit(saved(thin.transpose(1, 0, 2)), thin.transpose(1, 0, 2)),
         "1 x 3000, webp": Exhibit(
             saved(thin.transpose(1, 0, 2), "WEBP", lossless=True), thin.transpose(1, 0, 2)

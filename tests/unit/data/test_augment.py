@@ -109,12 +109,11 @@ def test_a_face_larger_than_its_share_still_covers_the_bucket():
 
 def test_a_random_crop_around_a_face_is_mostly_near_it():
     words = {"face_crop_aug_range": (2, 2), "random_crop": True, "enable_bucket": False}
-    drawn = looks((640, 400), FACE, count=2000, **words)
-    off = np.array([look.geometry.crop[0] + 64 - 192 for look in drawn])
-    assert off.min() == -128  # the left edge, where far draws are clamped
-    assert off.max() > 80
-    # Triangular over +-218: within a quarter of its reach with probability 7/16; 5 deviations.
-    assert np.mean(np.abs(off) < 218 / 4) == pytest.approx(7 / 16, abs=0.055)
+    drawn = looks((640, 400), "a_480_200_80_100.png", count=2000, **words)
+    off = np.array([look.geometry.crop[0] + 64 - 307 for look in drawn])
+    assert (off.min(), off.max()) == (-243, 39)  # the edges, where far draws are clamped
+    # Triangular over +-307: less than a quarter to the left with probability 23/32; 5 deviations.
+    assert np.mean(off > -307 / 4) == pytest.approx(23 / 32, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +217,8 @@ def test_the_crop_condition_is_that_of_the_mirrored_picture():
 
 
 def test_a_padded_picture_has_no_crop():
-    place = options(fit="pad").buckets.place((640, 100), "pad")
+    place = options(enable_bucket=False).buckets.place((100, 640), "pad")
+    assert place.resized[0] < place.bucket[0]
     assert true_crop(Look(place)) == true_crop(Look(place, flip=True)) == (0, 0)
 
 

@@ -23,7 +23,7 @@ from imagezoo import (
     saved,
     stored_for,
 )
-from PIL import Image
+from PIL import Image, ImageCms
 
 from raylora.base.errors import DataError
 from raylora.data import decode
@@ -137,6 +137,20 @@ def test_a_masks_colour_profile_is_passed_over():
     data = profiles()["grey profile"].data
     np.testing.assert_array_equal(decode_mask(data, "m"), greys())
     assert (decode_image(data, "m")[..., 0] != greys()).any()
+
+
+def test_an_image_in_srgb_is_not_converted(monkeypatch: pytest.MonkeyPatch):
+    convert, sizes = ImageCms.applyTransform, []
+
+    def count(image: Image.Image, *rest: object) -> Image.Image | None:
+        sizes.append(image.size)
+        return convert(image, *rest)
+
+    monkeypatch.setattr(ImageCms, "applyTransform", count)
+    decode_image(profiles()["sRGB of another maker"].data, "a")
+    assert sizes == [(36, 6)]  # the colours that are tried
+    decode_image(profiles()["wide profile"].data, "a")
+    assert sizes[1:] == [(36, 6), (12, 8)]
 
 
 def test_a_mask_that_cannot_be_read_is_refused_by_name():

@@ -26,7 +26,8 @@ ROWS = [
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     """The rows as the file's ending says."""
     if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        words = dict.fromkeys(word for row in rows for word in row)
+        pq.write_table(pa.table({word: [row.get(word) for row in rows] for word in words}), path)
     elif path.suffix == ".jsonl":
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     else:
@@ -97,11 +98,18 @@ def test_an_image_without_a_caption_in_the_list_has_the_file_beside_it(folder: P
 
 
 def test_a_name_without_ending_is_any_image_of_that_stem(tmp_path: Path):
-    put(tmp_path, "a.webp", "b.v2.png", "c.jpg", "c.png", "d.jpg", "d.png")
-    names = ["a", "b.v2", "c", "d", "d.png"]
+    put(tmp_path, "a.webp", "b.v2.png", "c.jpg", "c.png", "d.jpg", "d.png", "e.png", "e.png.jpg")
+    names = ["a", "b.v2", "c", "d", "d.png", "e", "e.png"]
     path = write(tmp_path / "list.json", [{"image_path": name, "tags": name} for name in names])
     listing = listing_of(None, manifest=path)
-    assert texts(listing) == {"a.webp": "a", "b.v2.png": "b.v2", "c.jpg": "c", "d.png": "d.png"}
+    assert texts(listing) == {
+        "a.webp": "a",
+        "b.v2.png": "b.v2",
+        "c.jpg": "c",
+        "d.jpg": "d",
+        "d.png": "d.png",
+        "e.png": "e.png",
+    }
     assert listing.notes == (
         "1 image not used: the list names another one that differs only in its ending.",
     )
@@ -165,6 +173,7 @@ def test_the_last_row_of_an_image_counts(folder: Path):
         ('{"path": "b.png", "repeats": 1.5}', "repeats is 1.5"),
         ('{"path": "b.png", "repeats": true}', "repeats is True"),
         ('{"path": "b.png", "caption": "\\ud800"}', "not clean Unicode"),
+        ('{"path": "\\ud800.png"}', "not clean Unicode"),
     ],
 )
 def test_a_broken_line_is_named_with_its_number(folder: Path, line: str, message: str):
@@ -177,7 +186,10 @@ def test_a_broken_line_is_named_with_its_number(folder: Path, line: str, message
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n "b.png": {"caption": "x"},\n "c.png": "y"}', "line 3: c.png has 'y', where an object"),
+        (
+            '{\n "b.png": {"caption": "x"},\n "c.png": "y"}',
+            "line 3: c.png has 'y', where an object",
+        ),
         ('{\n "b.png": {"caption": "x"}\n "c.png": {}}', "line 3: .* where ',' or '}' belongs"),
         ('{\n "b.png": {"caption" "x"}}', "line 2: .*A .json manifest is sd-scripts' metadata"),
         ('[{"path": "b.png"}]', "line 1: .* where '{' belongs.*one object a line is .jsonl"),
@@ -219,10 +231,13 @@ def test_parquet_is_read_in_batches_and_its_rows_are_counted(
 ):
     put(folder, *(f"more/{number:03d}.png" for number in range(20)))
     rows = [{"path": f"more/{number:03d}.png", "text": str(number)} for number in range(20)]
-    monkeypatch.setattr(manifest, "_ROWS", 7)
+    monkeypatch.setattr(manifest, "_PARQUET_ROWS", 7)
+    monkeypatch.setattr(manifest, "_ROWS", 3)
     path = write(folder / "list.parquet", rows)
     listing = listing_of(None, manifest=path)
     assert list(texts(listing).values()) == [str(number) for number in range(20)]
+    assert listing.notes == ()
+    assert read_manifest(f"file://{folder}", set_words(manifest=path))["name"].num_chunks == 7
     rows[16]["path"] = None
     write(path, rows)
     with pytest.raises(DataError, match=r"list.parquet, row 17: it names no image"):

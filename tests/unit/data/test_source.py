@@ -274,13 +274,17 @@ class Unsorted(Storage):
     read = read_range = write = create = delete = within = entry  # type: ignore[assignment]
 
 
-def test_a_store_that_lists_folder_by_folder_is_put_in_order():
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_a_store_that_lists_folder_by_folder_is_put_in_order(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("raylora.data.file_columns._CHUNK", rows)
     source = Unsorted("1_a/x.png", "1_a/x.txt", "1_a b/y.png", "1_a-c/z.png", "1_a-c/z.txt")
-    assert found(list_set(source, set_words("s3://unsorted"))) == {
-        "1_a b/y.png": (1, "a b", None),
-        "1_a-c/z.png": (1, "a-c", "1_a-c/z.txt"),
-        "1_a/x.png": (1, "a", "1_a/x.txt"),
-    }
+    assert list(found(list_set(source, set_words("s3://unsorted"))).items()) == [
+        ("1_a b/y.png", (1, "a b", None)),
+        ("1_a-c/z.png", (1, "a-c", "1_a-c/z.txt")),
+        ("1_a/x.png", (1, "a", "1_a/x.txt")),
+    ]
 
 
 def test_names_of_all_scripts_are_sorted_by_code_point(tmp_path: Path):
@@ -297,7 +301,7 @@ def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stems = ["a", "a.b", "a.k", "a_1_2_3_4", "b", "b.c", *(f"c{number:02d}" for number in range(9))]
     put(tmp_path / "data", *(f"1_x/{stem}.png" for stem in stems), "0/x.png")
     put(tmp_path / "data", *(f"1_x/{stem}.caption" for stem in stems if stem != "a_1_2_3_4"))
-    put(tmp_path / "masks", *(f"{stem}.png" for stem in stems[::2]))
+    put(tmp_path / "masks", *(f"{stem}.png" for stem in stems[::2]), "a.jpg", "c00.webp")
     whole = listing_of(tmp_path / "data", mask_folder=tmp_path / "masks")
     for rows in (1, 2, 3, 5):
         monkeypatch.setattr("raylora.data.file_columns._CHUNK", rows)
