@@ -18,6 +18,8 @@ from raylora.data.steps import StepPlan
 from raylora.families import Family
 from raylora.job import Job
 
+CLIP_TOKENS = 75
+
 
 def adapter_facts(
     job: Job,
@@ -85,7 +87,7 @@ def adapter_facts(
         max_bucket_reso=data.max_bucket_reso,
         validate_every_steps=job.validation.every_steps if held_out else None,
         clip_skip=int(about["ss_clip_skip"]) if "ss_clip_skip" in about else None,
-        max_token_length=family.max_tokens,
+        max_token_length=_chunked(family.max_tokens),
         validation_images=held_out,
         validation_split=data.validation_split,
         prior_loss_weight=job.data.prior_loss_weight,
@@ -101,6 +103,11 @@ def adapter_facts(
         tag_dropout_rate=data.caption_tag_dropout_rate,
         **images,
     )
+
+
+def _chunked(tokens: int | None) -> int | None:
+    """Only what is not CLIP's own length is named, as in sd-scripts."""
+    return tokens if tokens and tokens > CLIP_TOKENS else None
 
 
 def image_facts(job: Job, dataset: Dataset) -> dict[str, Any]:

@@ -184,22 +184,29 @@ def _why_absent(plan: CachePlan, absent: Sequence[Row]) -> list[BadSample]:
     """The reasons why rows have no latents, as the work items remembered them."""
     facts = plan.facts
     cache = open_storage(facts.cache_url)
-    found: list[BadSample] = []
+    reasons: dict[int, str] = {}
     for number in sorted({row.set for row in absent}):
         source = PictureSource(facts.sets[number], cache).storage
         memory = SourceMemory(
             cache, facts.memory_folders[number], judges=(decoder_name(), facts.latents_folder)
         )
         memory.load()
-        for row in absent:
-            if row.set != number:
-                continue
-            entry = source.entry(row.key)
+        for index, row in enumerate(absent):
+            entry = source.entry(row.key) if row.set == number else None
             reason = memory.reason(entry) if entry else None
-            if reason is None:
-                raise DataError(
-                    f"{row.key}: its latents are not in the cache {facts.cache_url}, or it changed "
-                    "while they were made. Run the same command again."
-                )
-            found.append(BadSample(row.key, reason, number))
+            if reason:
+                reasons[index] = reason
+    # What several sets have is encoded once, and remembered in the folder of one of them.
+    shared = {key: reasons[index] for index in reasons for key in absent[index].latents_keys}
+    found: list[BadSample] = []
+    for index, row in enumerate(absent):
+        reason = reasons.get(index) or next(
+            (shared[key] for key in row.latents_keys if key in shared), None
+        )
+        if reason is None:
+            raise DataError(
+                f"{row.key}: its latents are not in the cache {facts.cache_url}, or it changed "
+                "while they were made. Run the same command again."
+            )
+        found.append(BadSample(row.key, reason, row.set))
     return found

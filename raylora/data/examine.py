@@ -17,9 +17,10 @@ from raylora.base.seeds import sample_number
 from raylora.base.storage import Entry, Storage, open_storage
 from raylora.data.augment import Look, true_crop
 from raylora.data.bucket import Size
-from raylora.data.captions import caption_lines, caption_of, read_caption
-from raylora.data.decode import decoder_name, read_size
+from raylora.data.captions import caption_lines, caption_of, draw_caption, read_caption
+from raylora.data.decode import decode_mask, decoder_name, read_size
 from raylora.data.listing import Listing, list_set
+from raylora.data.masks import check_shape
 from raylora.data.options import DataOptions, SetOptions
 from raylora.data.pictures import decode_problem, without_name
 from raylora.data.prefetch import map_ahead
@@ -98,8 +99,9 @@ def examine_set(
     masks = None
     if options.mask_folder:
         store = open_storage(options.mask_folder)
-        known = memories.of(sources_folder(store.url))
-        masks = _look_at(store, listing.masks, known, trust=trust, look=_image_look(False))
+        # Read whole here, since later a broken mask would be taken for a broken image.
+        known = memories.of(sources_folder(f"{store.url} decoded"))
+        masks = _look_at(store, listing.masks, known, trust=trust, look=_look_at_mask)
     maker = _RowMaker(number, options, data, listing, images, captions, masks)
     maker.make()
     return Examined(
@@ -176,6 +178,11 @@ def _image_look(whole: bool) -> Look_:
     return look
 
 
+def _look_at_mask(content: bytes, key: str) -> dict[str, Any]:
+    height, width = decode_mask(content, key).shape
+    return {"size": (width, height)}
+
+
 def _look_at_caption(content: bytes, key: str) -> dict[str, Any]:
     return {"caption": read_caption(content)}
 
@@ -190,6 +197,7 @@ class _Image(NamedTuple):
     bad_text: str | None
     mask: str | None
     mask_name: bytes
+    mask_size: Size | None
     bad_mask: str | None
     sha256: bytes | None
     width: int
@@ -247,6 +255,7 @@ class _RowMaker:
         self._number, self._options, self._listing = number, options, listing
         self._images, self._captions, self._masks = images, captions, masks
         self._variants = variants_of(options, data)
+        self._draws_pictures, self._draws_texts = options.draws_pictures, options.draws_texts
         self._namer = LatentsNamer(options)
         self._looks: dict[Size, Look] = {}
         self.training, self.held_out = _Made(), _Made()
@@ -260,7 +269,7 @@ class _RowMaker:
             listed = self._listing.images.slice(start, _CHUNK)
             columns = [listed[name].to_pylist() for name in ("key", "repeats", "concept")]
             texts = self._texts(listed)
-            masks = self._mask_names(listed)
+            masks = self._mask_facts(listed)
             seen = self._images.slice(start, _CHUNK)
             facts = [seen[name].to_pylist() for name in ("sha256", "width", "height", "bad")]
             for row, is_held in zip(
@@ -287,24 +296,25 @@ class _RowMaker:
         given = listed["caption"].to_pylist()
         return [a if a is not None else b for a, b in zip(given, written, strict=True)], bad
 
-    def _mask_names(
+    def _mask_facts(
         self, listed: pa.Table
-    ) -> tuple[list[str | None], list[bytes], list[str | None]]:
-        """(the mask's key, what it adds to the latents' names, what is wrong with it)."""
+    ) -> tuple[list[str | None], list[bytes], list[Size | None], list[str | None]]:
+        """(the mask's key, what it adds to the latents' names, its size, what is wrong with it)."""
         count = len(listed)
         if self._masks is None:
             name = ALPHA if self._options.alpha_mask else b""
-            return [None] * count, [name] * count, [None] * count
+            return [None] * count, [name] * count, [None] * count, [None] * count
         keys = self._listing.masks["key"].take(listed["mask_file"]).to_pylist()
         found = self._masks.take(listed["mask_file"])
         names = found["sha256"].to_pylist()
+        sizes = zip(found["width"].to_pylist(), found["height"].to_pylist(), strict=True)
         problems = [
             (bad and f"its mask {key}: {bad}")
             if name
             else f"no mask of its name in {self._options.mask_folder}"
             for key, name, bad in zip(keys, names, found["bad"].to_pylist(), strict=True)
         ]
-        return keys, [name or b"" for name in names], problems
+        return keys, [name or b"" for name in names], list(sizes), problems
 
     def _take(self, image: _Image, *, is_held: bool) -> None:
         reason = image.bad or image.bad_text or image.bad_mask
@@ -324,6 +334,8 @@ class _RowMaker:
     def _add(self, image: _Image, sha256: bytes, caption: str, *, is_held: bool) -> None:
         number = sample_number(image.key, 0, self._number)
         size = (image.width, image.height)
+        if image.mask_size:
+            _check_mask(image.mask, image.mask_size, size)
         pictures = [PLAIN] if is_held else range(self._variants.pictures)
         texts = [PLAIN] if is_held else range(self._variants.texts)
         looks = [self._look(size, image.key, number, variant) for variant in pictures]
@@ -340,7 +352,7 @@ class _RowMaker:
         )
 
     def _look(self, size: Size, key: str, number: int, variant: int) -> Look:
-        if variant != PLAIN and self._options.draws_pictures:
+        if variant != PLAIN and self._draws_pictures:
             seed = self._variants.seed
             return draw_picture(self._options, size, key, number, seed=seed, variant=variant)
         look = self._looks.get(size)
@@ -352,8 +364,17 @@ class _RowMaker:
         return look
 
     def _caption(self, caption: str, number: int, variant: int) -> str:
+        if variant == PLAIN or not self._draws_texts:
+            return draw_caption(caption, self._options, None)
         seed = self._variants.seed
         return draw_text(self._options, caption, number, seed=seed, variant=variant)
+
+
+def _check_mask(key: str | None, mask: Size, picture: Size) -> None:
+    try:
+        check_shape(mask, picture)
+    except DataError as error:
+        raise DataError(f"its mask {key}: {error}") from error
 
 
 def held_out_images(keys: pa.ChunkedArray, options: SetOptions) -> NDArray[np.bool_]:

@@ -45,16 +45,23 @@ def fit_mask(mask: Mask, look: Look, *, picture: Size | None = None) -> Mask:
     """
     size = (mask.shape[1], mask.shape[0])
     wide, high = look.geometry.resized
-    if not _same_shape(size, picture or (wide, high), is_rounded=picture is None):
-        shown = f"picture of {picture[0]}x{picture[1]}" if picture else f"picture, {wide}x{high}"
-        raise DataError(
-            f"a mask of {size[0]}x{size[1]} px does not fit a {shown} px"
-            + ("" if picture else " when resized")
-            + "; make it the picture's size, or the same shape smaller or larger"
-        )
+    if picture:
+        check_shape(size, picture)
+    elif not _same_shape(size, (wide, high), is_rounded=True):
+        raise DataError(_wrong_shape(size, f"picture, {wide}x{high} px when resized"))
     shrinks = size[0] >= wide and size[1] >= high
     fitted = fit_image(mask, look.geometry, (0,), "area" if shrinks else "bilinear")
     return np.ascontiguousarray(fitted[:, ::-1]) if look.flip else fitted
+
+
+def check_shape(mask: Size, picture: Size) -> None:
+    """Refuse a mask that is not its picture's shape, of whatever size.
+
+    Raises:
+        DataError: names both sizes.
+    """
+    if not _same_shape(mask, picture, is_rounded=False):
+        raise DataError(_wrong_shape(mask, f"picture of {picture[0]}x{picture[1]} px"))
 
 
 def latent_mask(mask: Mask, cells: tuple[int, int]) -> NDArray[np.float32]:
@@ -76,6 +83,13 @@ def latent_mask(mask: Mask, cells: tuple[int, int]) -> NDArray[np.float32]:
     most = 255 * (high // rows) * (wide // columns)
     shares: NDArray[np.float32] = (sums / most).astype(np.float32)
     return shares[None]
+
+
+def _wrong_shape(mask: Size, picture: str) -> str:
+    return (
+        f"a mask of {mask[0]}x{mask[1]} px does not fit a {picture}; make it the picture's size, "
+        "or the same shape smaller or larger"
+    )
 
 
 def _same_shape(mask: Size, picture: Size, *, is_rounded: bool) -> bool:

@@ -141,13 +141,13 @@ class SetOptions(SetWords):
         """Whether its images have masks."""
         return self.alpha_mask or self.mask_folder is not None
 
-    @cached_property
+    @property
     def draws_pictures(self) -> bool:
         """Whether anything about a picture is drawn."""
         words = (self.flip_aug, self.color_aug, self.random_crop, self.face_crop_aug_range)
         return any(words) and not self.plain
 
-    @cached_property
+    @property
     def draws_texts(self) -> bool:
         """Whether anything about a caption is drawn, apart from leaving it out."""
         return is_drawn(self) and not self.plain

@@ -105,11 +105,11 @@ class PictureSource:
         try:
             pixels, mask = self._decode(file, look.geometry.resized)
             shown = apply_look(pixels, look, options.colour, options.resize_interpolation)
-            fitted = None if mask is None else fit_mask(mask, look)
+            if mask is None and options.masked:  # opaque: all of it counts
+                mask = np.full(pixels.shape[:2], 255, np.uint8)
+            fitted = None if mask is None else fit_mask(mask, look, picture=file.size)
         except DataError as error:
             raise DataError(without_name(error, file.key)) from error
-        if options.masked and fitted is None:  # opaque, or a set whose other images have masks
-            fitted = np.full(shown.shape[:2], 255, np.uint8)
         return Shown(encoder_input(shown), fitted)
 
     def _decode(self, file: ImageFile, target: Size) -> tuple[Pixels, NDArray[np.uint8] | None]:

@@ -153,7 +153,7 @@ class Rows(Sequence[Row]):
         for one in fields(self):
             column = getattr(self, one.name)
             if isinstance(column, np.ndarray):
-                digest.update(np.ascontiguousarray(column))
+                digest.update(np.ascontiguousarray(column).tobytes())
             elif one.name != "masks":
                 for buffer in column.buffers()[1:]:
                     digest.update(buffer or b"")

@@ -102,6 +102,8 @@ class Supply:
         source = self._sources[row.set]
         try:
             file = source.read(row.key, row.mask)
+            if file.size != row.original_size:
+                raise DataError(f"it has {file.size[0]}x{file.size[1]} px")
             look = self._chooser.live_picture(showing, row.set, file.size, row.key)
             shown = source.show(file, look)
         except (DataError, MissingObject) as error:

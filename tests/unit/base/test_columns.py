@@ -37,6 +37,7 @@ def test_a_column_of_no_chunks_is_empty():
     assert as_bytes(pa.chunked_array([], pa.binary(16)), 16).shape == (0, 16)
 
 
+@pytest.mark.filterwarnings("ignore:Exporting an unversioned DLPack")
 def test_numbers_with_nulls_are_refused():
     with pytest.raises(pa.ArrowException, match="null"):
         as_numpy(pa.array([1, None]))

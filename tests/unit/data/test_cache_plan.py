@@ -15,6 +15,7 @@ from datafolders import (
     image_bytes,
     plan_of,
     small_options,
+    small_sets,
 )
 
 from raylora.base.errors import DataError
@@ -22,6 +23,7 @@ from raylora.base.storage import open_storage
 from raylora.data.dataset import (
     PlanFacts,
 )
+from raylora.data.recipe import text_key
 
 
 def test_other_encoders_have_other_folders(tmp_path: Path, cache_url: str):
@@ -56,6 +58,37 @@ def test_there_are_two_items_a_worker_where_entries_allow(
     if workers < 10:
         assert len({item.count for item in texts}) <= 2  # none is much shorter
     assert len(pickle.dumps((done.facts, latents[0]))) < 4000
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 1000])
+def test_items_hold_each_missing_entry_once_and_no_more_than_they_may(
+    tmp_path: Path, cache_url: str, most: int
+):
+    one = fill_folder(tmp_path / "one", 9, shapes=[(160, 96), (96, 160)])
+    other = fill_folder(tmp_path / "other", 7)
+    words = {"flip_aug": True, "color_aug": True, "variants": 4, "shuffle_caption": True}
+    data = small_sets({"folder": one}, {"folder": other}, **words, caption_prefix="a, b, c, d")
+    planned = plan_of(data, cache_url, item_entries=most, workers=2, **FACTS)
+    names = [key for item in planned.items for key, _ in item.texts]
+    for item in planned.items:
+        # An image is read once for all of its variants.
+        assert item.count < most + 4 if item.kind == "latents" else item.count <= most
+        names += [key for picture in item.pictures for key, _ in picture.looks]
+    assert len(set(names)) == len(names)
+    wanted = {key for row in planned.rows for key in (*row.latents_keys, *row.text_keys)}
+    assert set(names) == wanted | {text_key("")}
+    pictures = [(item.set, one.key) for item in planned.items for one in item.pictures]
+    assert len(set(pictures)) == len(pictures) == 16
+
+
+def test_a_caption_that_is_wanted_anyway_is_encoded_once(tmp_path: Path, cache_url: str):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(image_bytes((96, 96), 1))
+    (tmp_path / "b.txt").write_text("a red cat")
+    data = small_options(tmp_path, default_caption="")
+    planned = plan_of(data, cache_url, extra_captions=["a red cat", "other"], **FACTS)
+    texts = [text for item in planned.items for _, text in item.texts]
+    assert sorted(texts) == ["", "a red cat", "other"]
 
 
 def test_a_data_set_without_captions_is_an_error_that_lists_files(tmp_path: Path, cache_url: str):

@@ -29,9 +29,11 @@ from numpy.typing import NDArray
 from raylora.base.errors import DataError
 from raylora.base.storage import open_storage
 from raylora.data.dataset import (
+    Dataset,
     load_dataset,
     run_item,
 )
+from raylora.data.recipe import text_key
 
 
 def test_items_may_be_done_anywhere_and_twice(tmp_path: Path, cache_url: str):
@@ -89,6 +91,24 @@ def test_latents_that_are_not_numbers_quarantine_the_image(tmp_path: Path, cache
     assert len(plan_of(options, cache_url, **facts).rows) == 5
 
 
+def test_an_image_lacks_none_of_its_variants_or_is_bad(tmp_path: Path, cache_url: str):
+    class OverflowingOnce(NumpyEncoder):
+        def encode_images(self, pixels: Any) -> dict[str, NDArray[Any]]:
+            tensors = super().encode_images(pixels)
+            if self.images == 6:
+                tensors["latents"][:] = np.nan
+            return tensors
+
+    folder = fill_with_tags(tmp_path / "images", 5)
+    options = small_options(folder, **DRAWN, max_bad=0.3)
+    dataset = build(options, cache_url, OverflowingOnce())
+    (bad,) = dataset.bad
+    assert len(dataset.rows) == 4
+    assert bad.key not in {row.key for row in dataset.rows}
+    assert len(every_entry(dataset)) > 16
+    assert build(options, cache_url).bad == dataset.bad
+
+
 def test_a_file_that_changes_while_it_is_cached_is_not_taken_for_the_old_one(
     tmp_path: Path, cache_url: str
 ):
@@ -105,6 +125,57 @@ def test_a_file_that_changes_while_it_is_cached_is_not_taken_for_the_old_one(
     encoder = NumpyEncoder()
     assert len(build(options, cache_url, encoder).rows) == 4
     assert encoder.images == 1
+
+
+DRAWN: dict[str, Any] = {
+    "random_crop": True,
+    "flip_aug": True,
+    "shuffle_caption": True,
+    "enable_bucket": False,
+    "variants": 4,
+}
+
+
+def fill_with_tags(place: Path, count: int) -> Path:
+    """Images with room to cut in, and captions of several tags."""
+    fill_folder(place, count, shapes=[(160, 96), (96, 160)])
+    for number in range(count):
+        (place / f"image-{number:04d}.txt").write_text(f"{number}, b, c, d, e, f")
+    return place
+
+
+def every_entry(dataset: Dataset) -> dict[bytes, dict[str, bytes]]:
+    """All that is cached of a data set, by its name."""
+    pictures = [key for row in dataset.rows for key in row.latents_keys]
+    texts = [text_key(""), *(key for row in dataset.rows for key in row.text_keys)]
+    found = zip(
+        [*pictures, *texts],
+        [*dataset.fetch_pictures(pictures), *dataset.fetch_texts(texts)],
+        strict=True,
+    )
+    return {key: {name: a.tobytes() for name, a in one.items()} for key, one in found}
+
+
+@pytest.mark.parametrize("workers", [3, 8])
+def test_however_the_work_is_shared_every_entry_has_the_same_bytes(
+    tmp_path: Path, cache_url: str, workers: int
+):
+    options = small_options(fill_with_tags(tmp_path / "images", 6), **DRAWN)
+    expected = every_entry(build(options, f"{cache_url}-1", NumpyEncoder()))
+    assert len(expected) > 6 * 4 * 2 - 6
+    planned = plan_of(options, cache_url, workers=workers, row_group_bytes=4000, **FACTS)
+    items = [*planned.items, *planned.items[::3]]
+    random.Random(workers).shuffle(items)
+    with ThreadPoolExecutor(3) as pool:
+        reports = list(
+            pool.map(
+                lambda item: run_item(planned.facts, item, NumpyEncoder(), image_batch=workers),
+                items,
+            )
+        )
+    assert not any(report.bad for report in reports)
+    assert len(planned.items) > 2 * workers
+    assert every_entry(load_dataset(planned)) == expected
 
 
 def check_whole(cache_url: str) -> None:
@@ -139,9 +210,58 @@ for item in plan.items:
 """
 
 
-def start_child(folder: str, cache_url: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CHILD, folder, cache_url, str(Path(__file__).parent)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def start_child(folder: str, cache_url: str, program: str = CHILD) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, folder, cache_url, str(Path(__file__).parent)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+# Puts each entry as soon as it is made, and makes one for each line that it is told.
+CHILD_WITH_VARIANTS = """
+import sys
+from dataclasses import replace
+sys.path.insert(0, sys.argv[3])
+from datafolders import FACTS, NumpyEncoder, plan_of, small_options
+from raylora.data.dataset import run_item
+from test_encode import DRAWN
+
+class Telling(NumpyEncoder):
+    def encode_images(self, pixels):
+        sys.stdin.readline()
+        print("encoded", flush=True)
+        return super().encode_images(pixels)
+
+plan = plan_of(small_options(sys.argv[1], **DRAWN), sys.argv[2], **FACTS)
+for item in plan.items:
+    run_item(replace(plan.facts, flush_seconds=0.0), item, Telling())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoded", [3, 6, 13])
+def test_a_kill_between_the_variants_of_an_image_costs_no_more_than_these(
+    tmp_path: Path, cache_url: str, encoded: int
+):
+    folder = str(fill_with_tags(tmp_path / "images", 5))
+    options = small_options(folder, **DRAWN)
+    expected = every_entry(build(options, f"{cache_url}-unbroken", NumpyEncoder()))
+    child = start_child(folder, cache_url, CHILD_WITH_VARIANTS)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write("go\n" * encoded)
+    child.stdin.flush()
+    for _ in range(encoded):
+        assert child.stdout.readline() == "encoded\n"
+    child.kill()
+    child.communicate()
+    check_whole(cache_url)
+    total = plan_of(options, f"{cache_url}-other", **FACTS).missing("latents")
+    missing = plan_of(options, cache_url, **FACTS).missing("latents")
+    assert missing in (total - encoded, total - encoded + 1)  # the last may not be put yet
+    other = start_child(folder, cache_url, CHILD_WITH_VARIANTS)
+    told, _ = other.communicate()
+    assert other.returncode == 0
+    assert told.count("encoded") == missing
+    assert every_entry(build(options, cache_url)) == expected
 
 
 @pytest.mark.slow
