@@ -3,8 +3,8 @@
     python benchmarks/data.py [--rows 1000000] [--samples 1600] [--json]
 
 The million rows are made up: a storage that lists names, and what an earlier run remembered of the
-files. Everything else is the product's own road. Each part runs in a process of its own, so that its
-peak of memory is its own; growth is counted from after the imports.
+files. Everything else is the product's own road. Each part runs in a process of its own; memory is
+counted from where a block begins.
 
 Reading: samples of Stable Diffusion 1.5 size (latents 4x64x64 and text 77x768, float32) lie in a
 real S3 server on this machine. raylora's loader is compared with a plain loop of two threads that
@@ -92,7 +92,7 @@ def measure_index(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure_listing(options: argparse.Namespace) -> dict[str, Any]:
     """A million images with captions, listed and matched."""
-    from raylora.data.listing import list_set
+    from raylora.data.sources.listing import list_set
 
     storage, words = _made_up(options.rows), _set_options()
     with _Measured() as walked:
@@ -111,13 +111,13 @@ def measure_second_run(options: argparse.Namespace) -> dict[str, Any]:
     from raylora.data import examine
     from raylora.data.examine import Memories, examine_set
     from raylora.data.options import DataOptions
-    from raylora.data.remembered import sources_folder
+    from raylora.data.sources.remembered import sources_folder
 
     storage, words = _made_up(options.rows), _set_options()
     with tempfile.TemporaryDirectory(prefix="data-") as name:
         cache = open_storage(name)
         _remember(cache, sources_folder(storage.url), options.rows)
-        with mock.patch.object(examine, "open_source", lambda *_: storage), _Measured() as seen:
+        with mock.patch.object(examine, "open_source", return_value=storage), _Measured() as seen:
             found = examine_set(
                 0, words, DataOptions(folder="x"), cache, Memories(cache, ()), trust=True
             )
@@ -166,7 +166,7 @@ class _Samples:
 
     def __init__(self, cache_url: str, plain_url: str, count: int) -> None:
         from raylora.base.storage import open_storage
-        from raylora.data.cache_write import ShardWriter
+        from raylora.data.cache.write import ShardWriter
         from raylora.data.dataset import PlanFacts
         from raylora.data.options import DataOptions
 
@@ -358,8 +358,8 @@ def _remember(cache: Any, folder: str, count: int) -> None:
     """What an earlier run would have left of the made-up files, in objects of 100,000 rows."""
     import pyarrow.parquet as pq
 
-    from raylora.data.numbered import NumberedWriter
-    from raylora.data.remembered import SCHEMA
+    from raylora.base.numbered import NumberedWriter
+    from raylora.data.sources.remembered import SCHEMA
 
     writer, random = NumberedWriter(cache, folder, ".parquet"), np.random.default_rng(0)
     names = list(_names(count))

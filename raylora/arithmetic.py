@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raylora.data.bucket import Size
 from raylora.data.dataset import CachePlan, Rows
 from raylora.data.kohya_count import batches_per_epoch, steps_for_epochs
 from raylora.data.options import SetOptions
+from raylora.data.pixels.bucket import Size
 from raylora.data.rows import KEY_BYTES
 from raylora.data.steps import StepPlan
 from raylora.data.variants import PLAIN, draw_text

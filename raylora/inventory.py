@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from raylora.base.errors import JobError
 from raylora.base.options import Options, explain
 from raylora.base.storage import open_storage
-from raylora.data.decode import decoder_name
 from raylora.data.examine import Examined, Memories, examine_set
 from raylora.data.options import DataOptions, Native, SetOptions, resolve
+from raylora.data.pixels.decode import decoder_name
 from raylora.data.rows import KEY_BYTES, Rows, joined
 from raylora.families import get_family
 from raylora.job import load_job, set_overrides

@@ -160,6 +160,12 @@ def _data_problems(job: Job, sets: tuple[SetOptions, ...]) -> Iterable[str]:
             "depends on the step, and cached captions do not. Add data.cache_text: false, which "
             "encodes captions as they are shown."
         )
+    for group in sorted({one.group for one in sets if one.is_reg}):
+        if all(one.is_reg for one in sets if one.group == group):
+            yield (
+                f"data: the regularisation images of group {group} have no other images to keep "
+                "the balance with. Add a set of the same group without is_reg."
+            )
     if job.validation.folder is not None and any(one.validation_split for one in sets):
         yield "data.validation_split and validation.folder: give one of them."
     if data.prior_loss_weight != 1 and not any(options.is_reg for options in sets):

@@ -17,13 +17,6 @@ def as_numpy(column: Column) -> NDArray[Any]:
     return np.from_dlpack(one_chunk(column))
 
 
-def as_bytes(column: Column, width: int) -> NDArray[np.uint8]:
-    """A fixed-size binary column as (N, width) bytes; what stands for a null is not defined."""
-    array = one_chunk(column)
-    data = np.frombuffer(array.buffers()[1] or b"", np.uint8)
-    return data[array.offset * width :][: len(array) * width].reshape(len(array), width)
-
-
 def is_set(column: Column) -> NDArray[np.bool_]:
     """Which values of a column are not null."""
     array = one_chunk(column)

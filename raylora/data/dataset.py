@@ -19,18 +19,18 @@ from raylora.base.encoder import Encoder
 from raylora.base.errors import DataError
 from raylora.base.storage import open_storage
 from raylora.base.units import GIB
-from raylora.data.cache_index import CacheIndex
-from raylora.data.cache_read import CacheReader
-from raylora.data.decode import decoder_name
+from raylora.data.cache.index import CacheIndex
+from raylora.data.cache.local import default_local_folder
+from raylora.data.cache.read import CacheReader
+from raylora.data.cache.recipe import text_key
 from raylora.data.encode import ItemReport, run_item
-from raylora.data.local_cache import default_local_folder
 from raylora.data.options import DataOptions, SetOptions
-from raylora.data.pictures import PictureSource
+from raylora.data.pixels.decode import decoder_name
+from raylora.data.pixels.pictures import PictureSource
 from raylora.data.plan import CachePlan, PlanFacts, WorkItem, prepare
 from raylora.data.quarantine import check_bad_share, write_quarantine
-from raylora.data.recipe import text_key
-from raylora.data.remembered import SourceMemory
 from raylora.data.rows import KEY_BYTES, BadSample, Row, Rows
+from raylora.data.sources.remembered import SourceMemory
 
 __all__ = [
     "BadSample",

@@ -16,15 +16,15 @@ from raylora.base.errors import DataError, MissingObject
 from raylora.base.log import get_logger
 from raylora.base.seeds import sample_number
 from raylora.base.storage import open_storage
-from raylora.data.cache_write import ShardWriter
-from raylora.data.decode import decoder_name
-from raylora.data.masks import latent_mask
-from raylora.data.pictures import ImageFile, PictureSource, Shown
+from raylora.data.cache.recipe import LatentsNamer
+from raylora.data.cache.write import ShardWriter
+from raylora.data.pixels.decode import decoder_name
+from raylora.data.pixels.masks import latent_mask
+from raylora.data.pixels.pictures import ImageFile, PictureSource, Shown
 from raylora.data.plan import Picture, PlanFacts, WorkItem
 from raylora.data.prefetch import map_ahead
-from raylora.data.recipe import LatentsNamer
-from raylora.data.remembered import Seen, SourceMemory
 from raylora.data.rows import BadSample
+from raylora.data.sources.remembered import Seen, SourceMemory
 from raylora.data.variants import draw_picture
 
 log = get_logger("cache")

@@ -15,19 +15,19 @@ from raylora.base.columns import is_set
 from raylora.base.errors import DataError, MissingObject
 from raylora.base.seeds import sample_number
 from raylora.base.storage import Entry, Storage, open_storage
-from raylora.data.augment import Look, true_crop
-from raylora.data.bucket import Size
+from raylora.data.cache.recipe import ALPHA, LatentsNamer, text_key
 from raylora.data.captions import caption_lines, caption_of, draw_caption, read_caption
-from raylora.data.decode import decode_mask, decoder_name, read_size
-from raylora.data.listing import Listing, list_set
-from raylora.data.masks import check_shape
 from raylora.data.options import DataOptions, SetOptions
-from raylora.data.pictures import decode_problem, without_name
+from raylora.data.pixels.augment import Look, true_crop
+from raylora.data.pixels.bucket import Size
+from raylora.data.pixels.decode import decode_mask, decoder_name, read_size
+from raylora.data.pixels.masks import check_shape
+from raylora.data.pixels.pictures import decode_problem, without_name
 from raylora.data.prefetch import map_ahead
-from raylora.data.recipe import ALPHA, LatentsNamer, text_key
-from raylora.data.remembered import Seen, SourceMemory, sources_folder
 from raylora.data.rows import BadSample, Rows, joined, key_columns
-from raylora.data.source import open_source
+from raylora.data.sources.listing import Listing, list_set
+from raylora.data.sources.remembered import Seen, SourceMemory, sources_folder
+from raylora.data.sources.source import open_source
 from raylora.data.variants import PLAIN, Variants, draw_picture, draw_text, variants_of
 
 _FETCH_THREADS = 16
@@ -382,7 +382,7 @@ def held_out_images(keys: pa.ChunkedArray, options: SetOptions) -> NDArray[np.bo
 
     So an image keeps its side when others come or go, but for a few at the edge.
     """
-    count = round(options.validation_split * len(keys))
+    count = 0 if options.is_reg else round(options.validation_split * len(keys))
     held = np.zeros(len(keys), np.bool_)
     if count:
         hashes = [

@@ -15,12 +15,12 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, field_serializer, model_validator
 
 from raylora.base.errors import OptionError, UserError
-from raylora.data.augment import AugmentWords
-from raylora.data.bucket import PIXEL_STEP, Buckets, BucketWords, Size
 from raylora.data.captions import CaptionWords, is_drawn
-from raylora.data.kohya_toml import read_kohya_sets
-from raylora.data.masks import MaskWords
-from raylora.data.source import SourceWords
+from raylora.data.pixels.augment import AugmentWords
+from raylora.data.pixels.bucket import PIXEL_STEP, Buckets, BucketWords, Size
+from raylora.data.pixels.masks import MaskWords
+from raylora.data.sources.kohya_toml import read_kohya_sets
+from raylora.data.sources.source import SourceWords
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +128,6 @@ class SetOptions(SetWords):
             raise ValueError(f"face_crop_aug_range {list(faces)}: the first is the lower one.")
         if self.alpha_mask and self.mask_folder:
             raise ValueError("alpha_mask and mask_folder: give one of them.")
-        if self.is_reg and self.validation_split:
-            raise ValueError("validation_split: regularisation images are not held out.")
         try:
             _ = self.buckets  # a set of buckets that cannot be is refused here
         except OptionError as error:

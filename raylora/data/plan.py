@@ -20,14 +20,14 @@ from raylora.base.errors import DataError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage, open_storage
 from raylora.data.balance import balanced_repeats
-from raylora.data.bucket import Size
-from raylora.data.cache_index import CacheIndex
-from raylora.data.cache_write import ROW_GROUP_BYTES
-from raylora.data.decode import decoder_name
+from raylora.data.cache.index import CacheIndex
+from raylora.data.cache.recipe import Kind, latents_recipe, text_key, text_recipe, write_recipe
+from raylora.data.cache.write import ROW_GROUP_BYTES
 from raylora.data.examine import Examined, Memories, examine_set
 from raylora.data.options import DataOptions, SetOptions
+from raylora.data.pixels.bucket import Size
+from raylora.data.pixels.decode import decoder_name
 from raylora.data.quarantine import check_bad_share, write_quarantine
-from raylora.data.recipe import Kind, latents_recipe, text_key, text_recipe, write_recipe
 from raylora.data.rows import KEY_BYTES, BadSample, Rows, joined
 from raylora.data.variants import PLAIN, draw_text
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raylora.base.seeds import sample_number
-from raylora.data.bucket import Size
+from raylora.data.pixels.bucket import Size
 
 KEY_BYTES = 16
 """Length of the name of a cached entry."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from raylora.base.errors import DataError
 from raylora.base.seeds import draw_generator, sample_number
-from raylora.data.bucket import Size
+from raylora.data.pixels.bucket import Size
 from raylora.data.rows import Rows
 
 # In a bucket's place, for the order of an epoch's steps; no data set has so many buckets.

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from raylora.base.encoder import Encoder
 from raylora.base.errors import DataError, MissingObject
 from raylora.base.storage import open_storage
+from raylora.data.cache.recipe import text_key
 from raylora.data.dataset import Dataset
 from raylora.data.encode import encode_captions, encode_pictures, is_finite
-from raylora.data.pictures import PictureSource
-from raylora.data.recipe import text_key
+from raylora.data.pixels.pictures import PictureSource
 from raylora.data.rows import Row
 from raylora.data.steps import SampleRef, StepPlan
 from raylora.data.variants import Chooser, Showing

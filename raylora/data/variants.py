@@ -18,10 +18,10 @@ from raylora.base.seeds import (
     uniforms,
     whole_number,
 )
-from raylora.data.augment import Look, draw_look
-from raylora.data.bucket import Size
 from raylora.data.captions import draw_caption, is_dropped, warmup_share
 from raylora.data.options import DataOptions, SetOptions
+from raylora.data.pixels.augment import Look, draw_look
+from raylora.data.pixels.bucket import Size
 
 VARIANTS = 8
 """Draws of an image where a job does not say."""

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from raylora.base.errors import JobError, TrainingError
+from raylora.base.numbered import NumberedWriter, list_numbered
 from raylora.base.storage import Storage
-from raylora.data.numbered import NumberedWriter, list_numbered
 from raylora.training.checkpoint import changed, read_newest
 
 FREE = (

@@ -29,10 +29,10 @@ import numpy as np
 from imagezoo import OTHER, zoo
 
 from raylora.base.errors import DataError
-from raylora.data.augment import Look, apply_look
-from raylora.data.bucket import Buckets
-from raylora.data.decode import decode_image, decode_mask, decode_with_alpha, read_size
-from raylora.data.masks import fit_mask
+from raylora.data.pixels.augment import Look, apply_look
+from raylora.data.pixels.bucket import Buckets
+from raylora.data.pixels.decode import decode_image, decode_mask, decode_with_alpha, read_size
+from raylora.data.pixels.masks import fit_mask
 
 HANG_SECONDS = 20
 # 89 million pixels in RGBA, a background, and the RGB of both.

@@ -14,7 +14,7 @@ from small import ROOT, final_state, open_run, small_job, train_small
 from test_fleet import train_member
 
 from raylora.assemble import open_store
-from raylora.data.recipe import text_key
+from raylora.data.cache.recipe import text_key
 from raylora.job import Job
 from raylora.training.step import losses_at
 

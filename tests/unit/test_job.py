@@ -255,3 +255,22 @@ def test_every_job_of_the_repository_fits_the_schema(path: Path):
     jsonschema.validate(tree, schema)
     with pytest.raises(jsonschema.ValidationError, match="'setps' was unexpected"):
         jsonschema.validate({**tree, "training": {"setps": 3}}, schema)
+
+
+def test_a_held_out_folder_draws_nothing_whatever_was_asked_of_the_set_before():
+    data = {"folder": "images", "flip_aug": True, "shuffle_caption": True, "repeats": 3}
+    job = job_from(tree_with({"data": data, "validation.folder": "others"}))
+    first = job.sets[0]
+    assert first.draws_pictures
+    assert first.draws_texts
+    held_out = job.held_out_set
+    assert held_out is not None
+    assert (held_out.folder, held_out.repeats) == ("others", 1)
+    assert not held_out.draws_pictures
+    assert not held_out.draws_texts
+
+
+def test_regularisation_images_alone_are_refused_when_the_job_is_read():
+    reg = {"folder": "r", "is_reg": True, "group": 1}
+    with pytest.raises(JobError, match="of group 1 have no other images to keep the balance"):
+        job_from(tree_with({"data": {"sets": [{"folder": "a"}, reg]}}))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylora.base.columns import as_bytes, as_numpy, is_set, one_chunk
+from raylora.base.columns import as_numpy, is_set, one_chunk
 
 
 def in_pieces(array: pa.Array, cut: int) -> pa.ChunkedArray:
@@ -34,27 +34,12 @@ def test_numbers_are_those_of_the_column_however_it_is_cut(values: list[int], st
 def test_a_column_of_no_chunks_is_empty():
     assert as_numpy(pa.chunked_array([], pa.int32())).tolist() == []
     assert is_set(pa.chunked_array([], pa.string())).tolist() == []
-    assert as_bytes(pa.chunked_array([], pa.binary(16)), 16).shape == (0, 16)
 
 
 @pytest.mark.filterwarnings("ignore:Exporting an unversioned DLPack")
 def test_numbers_with_nulls_are_refused():
     with pytest.raises(pa.ArrowException, match="null"):
         as_numpy(pa.array([1, None]))
-
-
-@given(
-    st.lists(st.none() | st.binary(min_size=4, max_size=4)), st.integers(0, 9), st.integers(0, 9)
-)
-def test_fixed_bytes_keep_their_zeros_however_the_column_is_cut(
-    values: list[bytes | None], start: int, cut: int
-):
-    array = pa.array(values, pa.binary(4))[start:]
-    for column in (array, in_pieces(array, cut)):
-        found = as_bytes(column, 4)
-        assert found.shape == (len(array), 4)
-        for row, value in zip(found, values[start:], strict=True):
-            assert value is None or row.tobytes() == value
 
 
 @given(st.lists(st.none() | st.text(max_size=3)), st.integers(0, 20), st.integers(0, 20))

@@ -7,7 +7,6 @@ import itertools
 import os
 import subprocess
 import sys
-from typing import get_args
 
 import numpy as np
 import pytest

@@ -15,9 +15,11 @@ from PIL import Image
 
 from raylora.base.storage import Entry, Storage, open_storage
 from raylora.data import dataset as dataset_module
-from raylora.data import encode, examine, pictures, plan, source
+from raylora.data import encode, examine, plan
 from raylora.data.dataset import CachePlan, Dataset, prepare, prepare_and_encode
 from raylora.data.options import DataOptions, Native, SetOptions, resolve
+from raylora.data.pixels import pictures
+from raylora.data.sources import source
 
 if TYPE_CHECKING:
     import pytest

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, TiffImagePlugin
 
-from raylora.data.decode import image_suffixes
+from raylora.data.pixels.decode import image_suffixes
 
 Painting = NDArray[np.uint8]
 Colour = tuple[int, int, int]

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from raylora.base.storage import Storage, open_storage
-from raylora.data.listing import Listing, list_set
 from raylora.data.options import DataOptions, Native, SetOptions, resolve
-from raylora.data.source import open_source
+from raylora.data.sources.listing import Listing, list_set
+from raylora.data.sources.source import open_source
 
 
 def put(folder: Path, *keys: str, data: bytes = b"x") -> Path:

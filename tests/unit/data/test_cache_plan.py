@@ -20,10 +20,10 @@ from datafolders import (
 
 from raylora.base.errors import DataError
 from raylora.base.storage import open_storage
+from raylora.data.cache.recipe import text_key
 from raylora.data.dataset import (
     PlanFacts,
 )
-from raylora.data.recipe import text_key
 
 
 def test_other_encoders_have_other_folders(tmp_path: Path, cache_url: str):

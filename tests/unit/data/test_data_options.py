@@ -291,10 +291,6 @@ CHECKS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"alpha_mask": True, "mask_folder": "m"}, "alpha_mask and mask_folder: give one of them."),
     (
-        {"is_reg": True, "validation_split": 0.5},
-        "validation_split: regularisation images are not held out.",
-    ),
-    (
         {"max_bucket_reso": 320},
         "max_bucket_reso 320 is smaller than a side of resolution 512x512. Raise it to 512, or "
         "lower resolution.",

@@ -23,14 +23,14 @@ from faultproxy import FaultProxy
 
 from raylora.base.errors import DataError
 from raylora.base.storage import Storage, open_storage
+from raylora.data.cache.recipe import text_key
 from raylora.data.dataset import (
     ItemReport,
     WorkItem,
     load_dataset,
     run_item,
 )
-from raylora.data.decode import decode_image, encoder_input, fit_image
-from raylora.data.recipe import text_key
+from raylora.data.pixels.decode import decode_image, encoder_input, fit_image
 
 
 def test_rows_say_what_they_are_and_their_tensors_are_what_the_encoder_made(

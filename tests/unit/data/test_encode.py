@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 
 from raylora.base.errors import DataError
 from raylora.base.storage import open_storage
+from raylora.data.cache.recipe import text_key
 from raylora.data.dataset import (
     Dataset,
     load_dataset,
     run_item,
 )
-from raylora.data.recipe import text_key
 
 
 def test_items_may_be_done_anywhere_and_twice(tmp_path: Path, cache_url: str):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from raylora.data.balance import balanced_repeats
-from raylora.data.bucket import Buckets, Size
 from raylora.data.kohya_count import batches_per_epoch, steps_for_epochs, updates_per_epoch
+from raylora.data.pixels.bucket import Buckets, Size
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = json.loads((GOLDEN / "epochs.json").read_text())["cases"]

@@ -261,6 +261,13 @@ def test_a_group_of_regularisation_images_alone_is_refused(tmp_path: Path, cache
         assert str(caught.value) == message
 
 
+def test_regularisation_images_are_not_held_out(tmp_path: Path, cache_url: str):
+    reg = {"folder": some(tmp_path / "r", 4), "is_reg": True}
+    data = small_sets({"folder": some(tmp_path / "a", 4)}, reg, validation_split=0.5)
+    plan = plan_of(data, cache_url, **FACTS)
+    assert [int((plan.held_out.set == number).sum()) for number in (0, 1)] == [2, 0]
+
+
 def test_bad_images_do_not_count_in_the_balance(tmp_path: Path, cache_url: str):
     folder = put(some(tmp_path / "a", 3), {"00.png": b"", "01.png": b""})
     reg = {"folder": some(tmp_path / "r", 3), "is_reg": True}

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from raylora.base.errors import DataError
 from raylora.base.storage import Storage
+from raylora.data.cache.recipe import text_key
 from raylora.data.dataset import Dataset
-from raylora.data.recipe import text_key
 from raylora.data.steps import StepPlan
 from raylora.data.supply import Supply, measured_tensors
 from raylora.data.variants import Chooser

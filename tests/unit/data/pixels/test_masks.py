@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylora.base.errors import DataError
-from raylora.data.augment import Look, apply_look
-from raylora.data.bucket import Buckets, Geometry
-from raylora.data.masks import fit_mask, latent_mask
+from raylora.data.pixels.augment import Look, apply_look
+from raylora.data.pixels.bucket import Buckets, Geometry
+from raylora.data.pixels.masks import fit_mask, latent_mask
 
 BLACK = (0, 0, 0)
 

@@ -13,9 +13,9 @@ from listed import beside, found, listing_of, put, set_words
 
 from raylora.base.errors import DataError
 from raylora.base.storage import open_storage
-from raylora.data import manifest
-from raylora.data.listing import list_set
-from raylora.data.manifest import read_manifest
+from raylora.data.sources import manifest
+from raylora.data.sources.listing import list_set
+from raylora.data.sources.manifest import read_manifest
 
 ROWS = [
     {"image_path": "b.png", "caption": "a bee"},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+from raylora.base.numbered import NumberedWriter, list_numbered, read_numbered
 from raylora.base.storage import Storage
-from raylora.data.numbered import NumberedWriter, list_numbered, read_numbered
 
 
 def test_many_writers_leave_no_gap_and_lose_nothing(storage: Storage):

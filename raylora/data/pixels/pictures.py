@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from raylora.base.errors import DataError
 from raylora.base.storage import Storage, open_storage
-from raylora.data.augment import Look, apply_look
-from raylora.data.bucket import Size
-from raylora.data.decode import (
+from raylora.data.cache.recipe import ALPHA
+from raylora.data.options import SetOptions
+from raylora.data.pixels.augment import Look, apply_look
+from raylora.data.pixels.bucket import Size
+from raylora.data.pixels.decode import (
     Pixels,
     decode_image,
     decode_mask,
@@ -23,10 +25,8 @@ from raylora.data.decode import (
     encoder_input,
     read_size,
 )
-from raylora.data.masks import fit_mask
-from raylora.data.options import SetOptions
-from raylora.data.recipe import ALPHA
-from raylora.data.source import open_source
+from raylora.data.pixels.masks import fit_mask
+from raylora.data.sources.source import open_source
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raylora.base.numbered import NumberedWriter
 from raylora.base.storage import Storage
-from raylora.data.cache_index import INDEX_SUFFIX, index_folder, index_segment
-from raylora.data.numbered import NumberedWriter
+from raylora.data.cache.index import INDEX_SUFFIX, index_folder, index_segment
 
 # A reader fetches whole row groups: 4 to 8 MB are quick to fetch and few to keep open.
 ROW_GROUP_BYTES = 6 * 2**20

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from raylora.base.errors import DataError
 from raylora.base.seeds import draw_generator
-from raylora.data.augment import Look, apply_look, draw_look, true_crop
-from raylora.data.bucket import Geometry
 from raylora.data.options import DataOptions, Native, SetOptions, resolve
+from raylora.data.pixels.augment import Look, apply_look, draw_look, true_crop
+from raylora.data.pixels.bucket import Geometry
 
 WHITE = (255, 255, 255)
 FACE = "cats/anna_300_200_80_100.png"  # centre (300, 200), 80 wide and 100 high

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raylora.base.numbered import read_numbered
 from raylora.base.storage import Storage
-from raylora.data.numbered import read_numbered
 
 INDEX_SUFFIX = ".parquet"
 _KEY_BYTES = 16

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raylora.data.file_columns import Names, flags, image_stems, keep, numbers, truths
-from raylora.data.notes import first_few, images_in_words
+from raylora.data.sources.file_columns import Names, flags, image_stems, keep, numbers, truths
+from raylora.data.sources.notes import first_few, images_in_words
 
 Rows = NDArray[np.int32]
 """A row of another table for each image; -1 for none."""

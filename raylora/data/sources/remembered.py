@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raylora.base.columns import as_numpy
+from raylora.base.numbered import NumberedWriter, read_numbered
 from raylora.base.storage import Entry, Storage
-from raylora.data.bucket import Size
-from raylora.data.numbered import NumberedWriter, read_numbered
-from raylora.data.recipe import hash16
+from raylora.data.cache.recipe import hash16
+from raylora.data.pixels.bucket import Size
 
 _FLUSH_ROWS = 4096
 _FLUSH_SECONDS = 10.0

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from raylora.base.storage import Entry, Storage, open_storage
-from raylora.data import remembered
-from raylora.data.remembered import Seen, SourceMemory, sources_folder
+from raylora.data.sources import remembered
+from raylora.data.sources.remembered import Seen, SourceMemory, sources_folder
 
 FOLDER = sources_folder("file:///images")
 ENTRIES = pa.schema([("key", pa.string()), ("size_bytes", pa.int64()), ("tag", pa.string())])
@@ -236,7 +236,7 @@ def test_threads_add_and_ask_at_once(cache: Storage, monkeypatch: pytest.MonkeyP
 WRITER = """
 import sys
 from raylora.base.storage import open_storage
-from raylora.data import remembered
+from raylora.data.sources import remembered
 remembered._FLUSH_ROWS = 5
 memory = remembered.SourceMemory(open_storage(sys.argv[1]), sys.argv[2])
 print("ready", flush=True)
@@ -274,7 +274,7 @@ MILLION = """
 import resource, sys, time
 import numpy as np, pyarrow as pa
 from raylora.base.storage import open_storage
-from raylora.data.remembered import SourceMemory
+from raylora.data.sources.remembered import SourceMemory
 memory = SourceMemory(open_storage(sys.argv[1]), sys.argv[2], ("me",))
 entries = pa.table({
     "key": [f"images/of some folder/{n:07d}.png" for n in range(1_000_000)],

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from raylora.base.errors import DataError
 from raylora.base.storage import Storage
-from raylora.data.cache_index import CacheIndex, Place, Shard
-from raylora.data.local_cache import LocalCache
+from raylora.data.cache.index import CacheIndex, Place, Shard
+from raylora.data.cache.local import LocalCache
 
 _FETCHERS = 8
 # Large enough for the footer of some hundred row groups, so that one read is enough.

@@ -14,8 +14,8 @@ from pydantic import Field
 
 from raylora.base.options import Options
 from raylora.base.seeds import uniforms
-from raylora.data.bucket import Geometry, Interpolation, Size
-from raylora.data.decode import Pixels, fit_image
+from raylora.data.pixels.bucket import Geometry, Interpolation, Size
+from raylora.data.pixels.decode import Pixels, fit_image
 
 if TYPE_CHECKING:
     from raylora.data.options import SetOptions

@@ -18,10 +18,10 @@ from listed import listing_of as list_at
 from raylora.base.errors import DataError, MissingObject, StorageError
 from raylora.base.storage import Entry, Storage, open_storage
 from raylora.base.storage_file import FileStorage
-from raylora.data import range_file
-from raylora.data.listing import Listing
-from raylora.data.source import open_source
-from raylora.data.tars import TarFolder, read_members, tars_folder
+from raylora.data.sources import range_file
+from raylora.data.sources.listing import Listing
+from raylora.data.sources.source import open_source
+from raylora.data.sources.tars import TarFolder, read_members, tars_folder
 
 LONG = "folder/" * 20 + "long-ünï-name" * 5
 

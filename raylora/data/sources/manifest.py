@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from raylora.base.errors import DataError
 from raylora.base.storage import Entry, Storage, open_storage
-from raylora.data.file_columns import numbers, strings, texts
-from raylora.data.range_file import RangeFile
+from raylora.data.sources.file_columns import numbers, strings, texts
+from raylora.data.sources.range_file import RangeFile
 
 if TYPE_CHECKING:
     from raylora.data.options import SetOptions

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError, features
 
 from raylora.base.errors import DataError
-from raylora.data.bucket import Geometry, Interpolation, Size
+from raylora.data.pixels.bucket import Geometry, Interpolation, Size
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3), red, green, blue."""

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 from raylora.base.columns import Column
 from raylora.base.errors import DataError, MissingObject, StorageError
 from raylora.base.storage import Entry, Storage, checked_key, is_key, range_error
-from raylora.data.decode import image_suffixes
-from raylora.data.file_columns import numbers, strings
-from raylora.data.notes import first_few, images_in_words
-from raylora.data.range_file import RangeFile
-from raylora.data.recipe import hash16
+from raylora.data.cache.recipe import hash16
+from raylora.data.pixels.decode import image_suffixes
+from raylora.data.sources.file_columns import numbers, strings
+from raylora.data.sources.notes import first_few, images_in_words
+from raylora.data.sources.range_file import RangeFile
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from raylora.base.errors import JobError, StorageError
-from raylora.data import kohya_toml
-from raylora.data.kohya_toml import read_kohya_sets
 from raylora.data.options import SetWords
+from raylora.data.sources import kohya_toml
+from raylora.data.sources.kohya_toml import read_kohya_sets
 
 # key: the tables where sd-scripts takes it (general, data set, subset), a value, and what
 # becomes of it here; None where nothing does.

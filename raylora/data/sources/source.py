@@ -31,7 +31,8 @@ class SourceWords(Options):
     """Regularisation images keep the balance with the sets of their own group; sd-scripts calls a
     group a data set."""
     validation_split: float = Field(0.0, ge=0, lt=1)
-    """Share of the images that is held out of training, for the held-out loss."""
+    """Share of the images that is held out of training, for the held-out loss; regularisation
+    images never are."""
     validation_seed: int = 0
     """Seed of the choice of the images that are held out."""
 
@@ -48,7 +49,7 @@ def open_source(words: SourceWords, cache: Storage) -> Storage:
     if words.folder is not None:
         storage = open_storage(words.folder)
     elif words.manifest is not None:
-        from raylora.data.manifest import manifest_place
+        from raylora.data.sources.manifest import manifest_place
 
         storage, _ = manifest_place(words.manifest)
     else:
@@ -56,6 +57,6 @@ def open_source(words: SourceWords, cache: Storage) -> Storage:
     if not words.tars:
         return storage
     # Imported here: a job is read without Arrow.
-    from raylora.data.tars import TarFolder
+    from raylora.data.sources.tars import TarFolder
 
     return TarFolder(storage, cache)

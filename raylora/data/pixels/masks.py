@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from raylora.base.errors import DataError
 from raylora.base.options import Options
-from raylora.data.bucket import Size
-from raylora.data.decode import fit_image
+from raylora.data.pixels.bucket import Size
+from raylora.data.pixels.decode import fit_image
 
 if TYPE_CHECKING:
-    from raylora.data.augment import Look
+    from raylora.data.pixels.augment import Look
 
 Mask = NDArray[np.uint8]
 """(H, W): 255 counts whole, 0 not at all."""

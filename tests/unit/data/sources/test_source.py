@@ -13,16 +13,16 @@ from listed import beside, found, listing_of, put, set_words
 
 from raylora.base.errors import DataError
 from raylora.base.storage import Entry, Storage, open_storage
-from raylora.data.listing import list_set
-from raylora.data.source import SourceWords, open_source
-from raylora.data.tars import TarFolder
+from raylora.data.sources.listing import list_set
+from raylora.data.sources.source import SourceWords, open_source
+from raylora.data.sources.tars import TarFolder
 
 BIG = """
 import json, resource, sys, time
 import pyarrow as pa
 from raylora.base.storage import Entry
 from raylora.base.storage_file import FileStorage
-from raylora.data.listing import list_set
+from raylora.data.sources.listing import list_set
 from listed import set_words
 
 class Synthetic(FileStorage):
@@ -58,7 +58,7 @@ def measured(count: int) -> dict[str, object]:
         [sys.executable, "-c", BIG, str(count)],
         check=True,
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
     return dict(json.loads(answer.stdout))
 
@@ -278,7 +278,7 @@ class Unsorted(Storage):
 def test_a_store_that_lists_folder_by_folder_is_put_in_order(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("raylora.data.file_columns._CHUNK", rows)
+    monkeypatch.setattr("raylora.data.sources.file_columns._CHUNK", rows)
     source = Unsorted("1_a/x.png", "1_a/x.txt", "1_a b/y.png", "1_a-c/z.png", "1_a-c/z.txt")
     assert list(found(list_set(source, set_words("s3://unsorted"))).items()) == [
         ("1_a b/y.png", (1, "a b", None)),
@@ -304,7 +304,7 @@ def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     put(tmp_path / "masks", *(f"{stem}.png" for stem in stems[::2]), "a.jpg", "c00.webp")
     whole = listing_of(tmp_path / "data", mask_folder=tmp_path / "masks")
     for rows in (1, 2, 3, 5):
-        monkeypatch.setattr("raylora.data.file_columns._CHUNK", rows)
+        monkeypatch.setattr("raylora.data.sources.file_columns._CHUNK", rows)
         cut = listing_of(tmp_path / "data", mask_folder=tmp_path / "masks")
         assert cut.images["key"].num_chunks > 1
         for name in ("images", "captions", "masks"):

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from raylora.base.columns import as_numpy, is_set
 from raylora.base.errors import DataError
 from raylora.base.storage import Storage, open_storage
-from raylora.data import decode
-from raylora.data.beside import Rows, find_captions, find_masks, only_used
-from raylora.data.file_columns import FileColumns, Names, flags, image_stems, keep, numbers
-from raylora.data.folders import ConceptFinder, Concepts, choose_by_folders
-from raylora.data.manifest import read_manifest
-from raylora.data.notes import first_few, images_in_words
-from raylora.data.tars import TarFolder
+from raylora.data.pixels import decode
+from raylora.data.sources.beside import Rows, find_captions, find_masks, only_used
+from raylora.data.sources.file_columns import FileColumns, Names, flags, image_stems, keep, numbers
+from raylora.data.sources.folders import ConceptFinder, Concepts, choose_by_folders
+from raylora.data.sources.manifest import read_manifest
+from raylora.data.sources.notes import first_few, images_in_words
+from raylora.data.sources.tars import TarFolder
 
 if TYPE_CHECKING:
     from raylora.data.options import SetOptions

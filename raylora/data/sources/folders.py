@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from raylora.base.columns import as_numpy
 from raylora.base.errors import DataError
-from raylora.data.file_columns import flags, numbers, positions, strings
-from raylora.data.notes import first_few, images_in_words
+from raylora.data.sources.file_columns import flags, numbers, positions, strings
+from raylora.data.sources.notes import first_few, images_in_words
 
 if TYPE_CHECKING:
     from raylora.data.options import SetOptions

@@ -26,9 +26,9 @@ from imagezoo import (
 from PIL import Image, ImageCms
 
 from raylora.base.errors import DataError
-from raylora.data import decode
-from raylora.data.bucket import Buckets, Geometry, Size
-from raylora.data.decode import (
+from raylora.data.pixels import decode
+from raylora.data.pixels.bucket import Buckets, Geometry, Size
+from raylora.data.pixels.decode import (
     decode_image,
     decode_mask,
     decode_with_alpha,

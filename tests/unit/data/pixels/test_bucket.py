@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylora.base.errors import DataError, OptionError
-from raylora.data.bucket import Buckets, bucket_sizes, sd_scripts_crop
+from raylora.data.pixels.bucket import Buckets, bucket_sizes, sd_scripts_crop
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parents[3] / "golden"
 SETTINGS = json.loads((GOLDEN / "buckets.json").read_text())["settings"]
 NO_UPSCALE = json.loads((GOLDEN / "buckets_no_upscale.json").read_text())["settings"]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from raylora.base.storage import Storage
 
 if TYPE_CHECKING:
-    from raylora.data.augment import Look
     from raylora.data.options import SetOptions
+    from raylora.data.pixels.augment import Look
 
 Kind = Literal["latents", "text"]
 # Raised when the code between a file and the encoder starts to give other numbers: 2 decodes large

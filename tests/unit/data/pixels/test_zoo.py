@@ -12,7 +12,7 @@ import pytest
 from imagezoo import GROUND, Exhibit, zoo
 
 from raylora.base.errors import DataError
-from raylora.data.decode import decode_image, decode_mask, decode_with_alpha, read_size
+from raylora.data.pixels.decode import decode_image, decode_mask, decode_with_alpha, read_size
 
 SHOWN = [name for name, exhibit in zoo().items() if not exhibit.refused]
 REFUSED = [name for name, exhibit in zoo().items() if exhibit.refused]
@@ -74,7 +74,7 @@ import re, resource, sys
 sys.path[:0] = sys.argv[1:]
 from imagezoo import zoo
 from raylora.base.errors import DataError
-from raylora.data.decode import decode_image, decode_mask, read_size
+from raylora.data.pixels.decode import decode_image, decode_mask, read_size
 
 bombs = {name: zoo()[name] for name in sys.stdin.read().splitlines()}
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -94,7 +94,7 @@ print(len(bombs), "refused")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_bomb_takes_64_mib_of_any_memory():
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     command = [sys.executable, "-W", "ignore", "-c", CHILD, str(folder), str(folder.parents[2])]
     bombs = set(REFUSED) - ALLOWED
     child = subprocess.run(

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from raylora.base.errors import DataError
+from raylora.base.numbered import NumberedWriter
 from raylora.base.storage import Storage, open_storage
-from raylora.data.cache_index import CacheIndex, index_folder, index_segment
-from raylora.data.cache_read import CacheReader
-from raylora.data.cache_write import ShardWriter
-from raylora.data.local_cache import LocalCache
-from raylora.data.numbered import NumberedWriter
+from raylora.data.cache.index import CacheIndex, index_folder, index_segment
+from raylora.data.cache.local import LocalCache
+from raylora.data.cache.read import CacheReader
+from raylora.data.cache.write import ShardWriter
 
 FOLDER = "latents-0123456789abcdef"
 ROW_BYTES = 4 * 16 * 16 * 4
@@ -267,7 +267,7 @@ CHILD = """
 import hashlib, sys
 from pathlib import Path
 from raylora.base.storage import open_storage
-from raylora.data.cache_read import CacheReader
+from raylora.data.cache.read import CacheReader
 url, folder, local, bound = sys.argv[1:]
 reader = CacheReader(open_storage(url), folder, Path(local), int(bound))
 keys = [hashlib.blake2b(str(n).encode(), digest_size=16).digest() for n in range(64)]
