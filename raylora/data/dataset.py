@@ -6,6 +6,7 @@ The road with Ray is `prepare`, `run_item` on any machine, `load_dataset`; witho
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raylora.base.encoder import Encoder
-from raylora.base.errors import DataError
+from raylora.base.errors import DataError, RayloraError
+from raylora.base.log import get_logger
 from raylora.base.storage import open_storage
 from raylora.base.units import GIB
 from raylora.data.cache.index import CacheIndex
@@ -31,6 +33,8 @@ from raylora.data.plan import CachePlan, PlanFacts, WorkItem, prepare
 from raylora.data.quarantine import check_bad_share, write_quarantine
 from raylora.data.rows import KEY_BYTES, BadSample, Row, Rows
 from raylora.data.sources.remembered import SourceMemory
+
+log = get_logger("cache")
 
 __all__ = [
     "BadSample",
@@ -76,8 +80,33 @@ class Dataset:
         """Cached captions by their names; `text_key("")` is always among them."""
         return self._texts.get(keys)
 
+    def fill(self) -> None:
+        """Begin to bring what the rows need to the local disk, in the background, as it fits."""
+        if "_filling" not in self.__dict__:
+            stop = threading.Event()
+            thread = threading.Thread(target=self._fill, args=(stop,), name="cache-fill")
+            thread.daemon = True
+            self.__dict__["_filling"] = (thread, stop)
+            thread.start()
+
+    def _fill(self, stop: threading.Event) -> None:
+        data, left = self.facts.data, self._max_bytes
+        try:
+            if not data.pictures_live:
+                left -= self._latents.fill(_names(self.rows.latents_keys), left, stop)
+            if not data.texts_live:
+                self._texts.fill(_names(self.rows.text_keys), left, stop)
+        except RayloraError as error:
+            # Whoever needs an entry reads it by itself, and tells what is wrong if that fails too.
+            log.warning("the local cache is not filled: %s", error)
+
     def close(self) -> None:
         """Let go of files and threads; the next fetch opens them again."""
+        filling: tuple[threading.Thread, threading.Event] | None
+        filling = self.__dict__.pop("_filling", None)
+        if filling is not None:
+            filling[1].set()
+            filling[0].join()
         for name in ("_latents", "_texts"):
             reader: CacheReader | None = self.__dict__.pop(name, None)
             if reader is not None:
@@ -93,11 +122,14 @@ class Dataset:
 
     def _reader(self, folder: str) -> CacheReader:
         local_dir = Path(self.local_dir) if self.local_dir else default_local_folder()
-        max_bytes = int(self.facts.data.local_cache_gib * GIB)
-        return CacheReader(open_storage(self.facts.cache_url), folder, local_dir, max_bytes)
+        return CacheReader(open_storage(self.facts.cache_url), folder, local_dir, self._max_bytes)
+
+    @property
+    def _max_bytes(self) -> int:
+        return int(self.facts.data.local_cache_gib * GIB)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_latents", "_texts")}
+        return {k: v for k, v in self.__dict__.items() if k not in _OPENED}
 
 
 def load_dataset(plan: CachePlan, *, local_dir: str | None = None) -> Dataset:
@@ -161,10 +193,18 @@ def prepare_and_encode(
     return load_dataset(plan, local_dir=local_dir)
 
 
+# What a data set has opened, and leaves behind when it is sent to another process.
+_OPENED = ("_latents", "_texts", "_filling")
+
+
+def _names(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """Rows' names (N, V, 16) as one array of N times V."""
+    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
+
+
 def _cached(index: CacheIndex, keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Of rows' names (N, V, 16): which rows have all of them in the cache."""
-    names = np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
-    known = index.contains(names).reshape(keys.shape[:2])
+    known = index.contains(_names(keys)).reshape(keys.shape[:2])
     whole: NDArray[np.bool_] = np.asarray(known.all(axis=1))
     return whole
 

@@ -58,6 +58,11 @@ class Supply:
             for options in sets
         ]
         self._lock = threading.Lock()
+        dataset.fill()
+
+    def close(self) -> None:
+        """Let go of what the data set has opened."""
+        self.dataset.close()
 
     def fetch(self, samples: Sequence[SampleRef], step: int) -> list[Tensors]:
         """The tensors of each showing of a step."""

@@ -57,7 +57,8 @@ class Loader:
 
     def close(self) -> None:
         """Stop fetching."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
+        self._supply.close()
 
 
 def micro_batches(

@@ -1,13 +1,15 @@
-"""Reading entries from the cache: any of them at any step, fetching only their row groups.
+"""Reading entries from the cache: any of them at any step, without reading their neighbours twice.
 
-A row group is fetched once by a range read, kept on the local disk as a memory-mapped Arrow file,
-and its tensors are views of that mapping.
+Row groups are brought to the local disk ahead of need (`fill`), as many as fit, as memory-mapped
+Arrow files whose tensors are views. An entry that is not there yet, or for which there is no room,
+is read by itself: one ranged read for each of its tensors.
 """
 
 from __future__ import annotations
 
 import io
 import threading
+import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +23,11 @@ from numpy.typing import NDArray
 
 from raylora.base.errors import DataError
 from raylora.base.storage import Storage
-from raylora.data.cache.index import CacheIndex, Place, Shard
+from raylora.data.cache.index import CacheIndex, Place, Shard, Spot
 from raylora.data.cache.local import LocalCache
 
-_FETCHERS = 8
+# A step of 8 images has some 16 tensors: one round trip of a distant store.
+_FETCHERS = 16
 # Large enough for the footer of some hundred row groups, so that one read is enough.
 _TAIL_BYTES = 64 * 2**10
 
@@ -56,18 +59,44 @@ class CacheReader:
         self._pool = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="cache-read")
 
     def get(self, keys: Sequence[bytes]) -> list[dict[str, NDArray[Any]]]:
-        """The tensors of each entry, as read-only views of the local files where that can be.
+        """The tensors of each entry, read-only; views of the local files where these are.
 
         Raises:
-            DataError: an entry is not in the cache.
+            DataError: an entry is not in the cache, or is damaged.
         """
         places = self._find(keys)
         wanted = dict.fromkeys((place.shard, place.group) for place in places)
-        groups = {key: self._opened(key) for key in wanted}
-        absent = [key for key, group in groups.items() if group is None]
-        fetched = dict(zip(absent, self._pool.map(self._group, absent), strict=True))
-        found = {key: group or fetched[key] for key, group in groups.items()}
-        return [found[place.shard, place.group].row(place.row) for place in places]
+        groups = {key: self._opened(key) or self._on_disk(key) for key in wanted}
+        absent = dict.fromkeys(place for place in places if not groups[place.shard, place.group])
+        spots = [(place.shard, spot) for place in absent for spot in place.spots().values()]
+        arrays = iter(list(self._pool.map(lambda pair: self._read(*pair), spots)))
+        alone = {place: {name: next(arrays) for name in place.spots()} for place in absent}
+        found = []
+        for place in places:
+            group = groups[place.shard, place.group]
+            found.append(group.row(place.row) if group else alone[place])
+        return found
+
+    def fill(self, keys: NDArray[np.bytes_], max_bytes: int, stop: threading.Event) -> int:
+        """Bring the row groups of these entries to the local disk, as many as fit.
+
+        Args:
+            keys: names as one array, in any order.
+            max_bytes: how much of the local disk they may take.
+            stop: set by another thread to end it early.
+
+        Returns:
+            bytes that are there now, of these entries' groups.
+        """
+        held = 0
+        for shard, group in self.index.groups(keys):
+            if stop.is_set():
+                break
+            _, length = _byte_range(self._footer(shard), group)
+            if held + length > max_bytes:
+                break
+            held += self._group((shard, group)).size_bytes
+        return held
 
     def close(self) -> None:
         """Let go of the mapped files and of the threads."""
@@ -89,19 +118,27 @@ class CacheReader:
             )
         return places
 
+    def _read(self, shard: Shard, spot: Spot) -> NDArray[Any]:
+        """One tensor, by its bytes alone."""
+        content = self._storage.read_range(shard.key, spot.offset, spot.size_bytes)
+        if zlib.crc32(content) != spot.crc:
+            raise self._damaged(shard, "the sum of its bytes is not that of the index")
+        return np.frombuffer(content, spot.dtype).reshape(spot.shape)
+
     def _group(self, key: GroupKey) -> _Group:
         with self._lock:
             busy = self._busy[key]
         with busy:  # of several threads that want a group, one fetches it
-            group = self._opened(key)
+            group = self._opened(key) or self._on_disk(key)
             if group is None:
-                name = f"{PurePosixPath(key[0].key).stem}.{key[1]:05d}"
-                table = self._local.open(name)
-                if table is None:
-                    table = self._local.put(name, self._fetch(*key))
-                group = _Group(name, table)
-                self._keep_open(key, group)
+                name = _local_name(key)
+                group = self._keep_open(key, name, self._local.put(name, self._fetch(*key)))
         return group
+
+    def _on_disk(self, key: GroupKey) -> _Group | None:
+        name = _local_name(key)
+        table = self._local.open(name)
+        return None if table is None else self._keep_open(key, name, table)
 
     def _opened(self, key: GroupKey) -> _Group | None:
         with self._lock:
@@ -114,12 +151,16 @@ class CacheReader:
                 self._forget(key)
             return group
 
-    def _keep_open(self, key: GroupKey, group: _Group) -> None:
+    def _keep_open(self, key: GroupKey, name: str, table: pa.Table) -> _Group:
+        group = _Group(name, table)
         with self._lock:
+            if key in self._open:  # another thread was as fast
+                return self._open[key]
             self._open[key] = group
             self._open_bytes += group.size_bytes
             while self._open_bytes > self._max_bytes:
                 self._forget(next(iter(self._open)))
+        return group
 
     def _forget(self, key: GroupKey) -> None:
         self._open_bytes -= self._open.pop(key).size_bytes
@@ -137,10 +178,13 @@ class CacheReader:
             columns = [name for name in file.schema_arrow.names if name not in {"key", "facts"}]
             return file.read_row_group(group, columns=columns, use_threads=False).combine_chunks()
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(
-                f"{self._storage.url}/{shard.key} is damaged ({error}). Delete the folder "
-                f"{self._place} and run `raylora cache` to make it again."
-            ) from error
+            raise self._damaged(shard, error) from error
+
+    def _damaged(self, shard: Shard, reason: object) -> DataError:
+        return DataError(
+            f"{self._storage.url}/{shard.key} is damaged ({reason}). Delete the folder "
+            f"{self._place} and run `raylora cache` to make it again."
+        )
 
     def _footer(self, shard: Shard) -> pq.FileMetaData:
         """The shard's table of contents, read once: eight bytes from the end is its length."""
@@ -221,6 +265,10 @@ class _Window(io.RawIOBase):
         assert not outside, "Parquet read outside its row group"
         self._at = self._start + end
         return self._data[begin:end]
+
+
+def _local_name(key: GroupKey) -> str:
+    return f"{PurePosixPath(key[0].key).stem}.{key[1]:05d}"
 
 
 def _byte_range(footer: pq.FileMetaData, group: int) -> tuple[int, int]:

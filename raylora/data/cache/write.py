@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from raylora.base.numbered import NumberedWriter
 from raylora.base.storage import Storage
-from raylora.data.cache.index import INDEX_SUFFIX, index_folder, index_segment
+from raylora.data.cache.index import INDEX_SUFFIX, Spot, Spots, index_folder, index_segment
 
 # A reader fetches whole row groups: 4 to 8 MB are quick to fetch and few to keep open.
 ROW_GROUP_BYTES = 6 * 2**20
@@ -83,7 +84,8 @@ class ShardWriter:
         shard = f"{self._folder}/shards/{self._stem}-{name}.parquet"
         self._cache.write(shard, data)
         keys = [key for key, _, _ in self._rows]
-        self._index.put(index_segment(shard, len(data), keys, group_rows))
+        spots = _spots(data, [tensors for _, tensors, _ in self._rows])
+        self._index.put(index_segment(shard, len(data), keys, spots, group_rows))
         self.written_bytes += len(data)
         self._rows, self._bytes = [], 0
 
@@ -113,3 +115,21 @@ def _parquet(table: pa.Table, group_rows: int) -> bytes:
         write_page_checksum=True,
     )
     return bytes(sink.getvalue())
+
+
+def _spots(data: bytes, rows: Sequence[Mapping[str, NDArray[Any]]]) -> list[Spots]:
+    """Where each tensor's bytes lie in the file.
+
+    Found by looking for them, each after the one before: values are written as they are, in order.
+    What is found too early is equal, and so as good.
+    """
+    spots: list[Spots] = [{} for _ in rows]
+    for name in rows[0]:
+        at = 0
+        for row, found in zip(rows, spots, strict=True):
+            content = row[name].tobytes()
+            at = data.index(content, at)
+            shape = tuple(row[name].shape)
+            found[name] = Spot(row[name].dtype.name, shape, at, zlib.crc32(content))
+            at += len(content)
+    return spots

@@ -10,6 +10,7 @@ import pytest
 from datafolders import (
     FACTS,
     Counted,
+    CountingStorage,
     NumpyEncoder,
     as_bytes,
     build,
@@ -198,3 +199,24 @@ def test_progress_is_told_for_each_item(tmp_path: Path, cache_url: str):
 
     build(small_options(folder), cache_url, NumpyEncoder(), on_item=on_item)
     assert sum(encoded for _, encoded in told) == 3 + 4
+
+
+def test_what_the_rows_need_comes_to_the_local_disk_in_the_background(
+    tmp_path: Path, cache_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    folder = fill_folder(tmp_path / "images", 9)
+    dataset = build(small_options(folder, variants=3, random_crop=True), cache_url, NumpyEncoder())
+    before = as_bytes(dataset)
+    dataset.fill()
+    dataset.fill()  # begun already
+    dataset.__dict__["_filling"][0].join()
+    counted = CountingStorage(open_storage(cache_url))
+    for reader in (dataset._latents, dataset._texts):
+        monkeypatch.setattr(reader, "_storage", counted)
+    dataset.fetch_pictures([key for row in dataset.rows for key in row.latents_keys])
+    assert as_bytes(dataset) == before
+    assert counted.reads == {}
+    dataset.close()
+    dataset.fill()
+    dataset.close()  # ends a filling that goes on
+    assert "_filling" not in dataset.__dict__

@@ -31,6 +31,8 @@ class Images:
         self.fails = False
         self.threads: set[str] = set()
 
+    def close(self) -> None: ...
+
     def fetch(self, samples: Sequence[SampleRef], step: int) -> list[dict[str, Any]]:
         self.fetched.append([self.rows[sample.row].key for sample in samples])
         self.threads.add(threading.current_thread().name)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from raylora.base.errors import DataError
 from raylora.base.numbered import NumberedWriter
 from raylora.base.storage import Storage, open_storage
-from raylora.data.cache.index import CacheIndex, index_folder, index_segment
+from raylora.data.cache.index import CacheIndex, Spot, index_folder, index_segment
 from raylora.data.cache.local import LocalCache
 from raylora.data.cache.read import CacheReader
 from raylora.data.cache.write import ShardWriter
@@ -50,11 +50,20 @@ def write(storage: Storage, numbers: range, *, stem: str = "128x128", **tensors:
     writer.flush()
 
 
-def test_tensors_come_back_bit_equal(storage: Storage, tmp_path: Path):
+def fill(reader: CacheReader, numbers: range, max_bytes: int = MANY) -> int:
+    """Bring entries to the local disk, and wait for them."""
+    names = np.frombuffer(b"".join(map(key_of, numbers)), "S16")
+    return reader.fill(names, max_bytes, threading.Event())
+
+
+@pytest.mark.parametrize("filled", [False, True], ids=["one by one", "filled"])
+def test_tensors_come_back_bit_equal(storage: Storage, tmp_path: Path, filled: bool):
     mask = np.array([True, False])
     half = np.float16([[1.5, np.nan]])
     write(storage, range(20), mask=mask, pooled=half, number=np.array(7, np.int64))
     reader = CacheReader(storage, FOLDER, tmp_path / "local", MANY)
+    if filled:
+        fill(reader, range(20))
     for number, got in zip([19, 3, 3], reader.get([key_of(n) for n in (19, 3, 3)]), strict=True):
         assert got["latents"].tobytes() == latents_of(number).tobytes()
         assert got["latents"].shape == (4, 16, 16)
@@ -94,7 +103,7 @@ def test_the_default_row_group_has_4_to_8_mb(tmp_path: Path):
     assert 4e6 <= first.total_byte_size <= 8e6
 
 
-def test_a_reader_fetches_the_footer_and_the_row_groups_bytes_and_no_more(
+def test_filling_fetches_the_footer_and_the_row_groups_bytes_and_no_more(
     storage: Storage, tmp_path: Path
 ):
     write(storage, range(64))
@@ -103,23 +112,55 @@ def test_a_reader_fetches_the_footer_and_the_row_groups_bytes_and_no_more(
     (shard,) = storage.entries(f"{FOLDER}/shards")
     counting.reads.clear()
     counting.read_bytes = 0
-    reader.get([key_of(number) for number in range(8)])  # all of one row group
+    fill(reader, range(8))  # all of one row group
     footer = min(64 * 2**10, shard.size_bytes)
     assert counting.reads == {shard.key: 2}
     assert counting.read_bytes - footer < 1.1 * GROUP_ROWS * ROW_BYTES < shard.size_bytes / 7
     reader.get([key_of(number) for number in range(8)])
     assert counting.reads == {shard.key: 2}
-    reader.get([key_of(9)])
+    fill(reader, range(9, 10))
     assert counting.reads == {shard.key: 3}
     again = CacheReader(counting, FOLDER, tmp_path / "local", MANY)
     again.get([key_of(0), key_of(9)])  # another process finds both on the disk
     assert counting.reads[shard.key] == 3
 
 
+def test_an_entry_that_is_not_on_the_disk_is_read_by_itself(storage: Storage, tmp_path: Path):
+    write(storage, range(64), pooled=np.arange(6.0))
+    counting = CountingStorage(storage)
+    reader = CacheReader(counting, FOLDER, tmp_path / "local", MANY)
+    (shard,) = storage.entries(f"{FOLDER}/shards")
+    counting.reads.clear()
+    counting.read_bytes = 0
+    reader.get([key_of(40), key_of(3), key_of(40)])
+    assert counting.reads == {shard.key: 4}  # two entries of two tensors
+    assert counting.read_bytes == 2 * (ROW_BYTES + 48)
+    assert not list((tmp_path / "local").glob("*.arrow"))
+
+
+def test_as_much_is_filled_as_there_is_room_for_and_the_rest_is_read(tmp_path: Path):
+    storage = open_storage(str(tmp_path / "cache"))
+    write(storage, range(64))
+    counting = CountingStorage(storage)
+    reader = CacheReader(counting, FOLDER, tmp_path / "local", MANY)
+    room = 3 * (GROUP_ROWS * ROW_BYTES + 4096)
+    held = fill(reader, range(64), room)
+    assert 3 * GROUP_ROWS * ROW_BYTES <= held <= room
+    assert len(list((tmp_path / "local").glob("*.arrow"))) == 3
+    counting.reads.clear()
+    for number, got in enumerate(reader.get([key_of(number) for number in range(64)])):
+        assert got["latents"].tobytes() == latents_of(number).tobytes()
+    assert sum(counting.reads.values()) == 64 - 3 * GROUP_ROWS
+    stopped = threading.Event()
+    stopped.set()
+    assert reader.fill(np.frombuffer(key_of(40), "S16"), MANY, stopped) == 0
+
+
 def test_arrays_are_views_of_the_mapped_file(tmp_path: Path):
     storage = open_storage(str(tmp_path / "cache"))
     write(storage, range(8))
     reader = CacheReader(storage, FOLDER, tmp_path / "local", MANY)
+    fill(reader, range(8))
     one, two = reader.get([key_of(1), key_of(2)])
     address = [got["latents"].__array_interface__["data"][0] for got in (one, two)]
     assert address[1] - address[0] == ROW_BYTES
@@ -168,7 +209,8 @@ def test_the_index_is_a_dictionary_in_which_the_first_wins(
     for number, keys in enumerate(segments):
         # Keys that end or begin in zeros are as good as any.
         keys = list(dict.fromkeys([*keys, bytes(16), bytes(15) + b"\1", b"\1" + bytes(15)]))
-        writer.put(index_segment(f"shard-{number}", 10, keys, group_rows=3))
+        spots = [{"x": Spot("uint8", (row,), 7 * row, row)} for row in range(len(keys))]
+        writer.put(index_segment(f"shard-{number}", 10, keys, spots, group_rows=3))
         for row, key in enumerate(keys):
             expected.setdefault(key, (f"shard-{number}", row // 3, row % 3))
     index = CacheIndex(storage, FOLDER)
@@ -176,6 +218,9 @@ def test_the_index_is_a_dictionary_in_which_the_first_wins(
     places = index.find([*expected, b"no such key 1234"])
     assert places.pop() is None
     assert [(p.shard.key, p.group, p.row) for p in places if p] == list(expected.values())
+    for place in filter(None, places):
+        row = 3 * place.group + place.row
+        assert place.spots() == {"x": Spot("uint8", (row,), 7 * row, row)}
     assert index.contains(list(expected)).all()
 
 
@@ -189,8 +234,10 @@ def test_the_local_folder_stays_within_its_bound(tmp_path: Path):
     bound = 3 * (GROUP_ROWS * ROW_BYTES + 4096)
     counting = CountingStorage(storage)
     reader = CacheReader(counting, FOLDER, tmp_path / "local", bound)
+    fill(reader, range(1))
     held = reader.get([key_of(0)])[0]["latents"]
     for number in range(0, 64, 4):
+        fill(reader, range(number, number + 1))
         (got,) = reader.get([key_of(number)])
         assert got["latents"].tobytes() == latents_of(number).tobytes()
         reader.get([key_of(0)])  # in use all the time, so never the oldest
@@ -204,6 +251,7 @@ def test_a_group_larger_than_the_local_bound_is_served_all_the_same(tmp_path: Pa
     storage = open_storage(str(tmp_path / "cache"))
     write(storage, range(8))
     reader = CacheReader(storage, FOLDER, tmp_path / "local", 1000)
+    assert fill(reader, range(8), 1000) == 0
     for number in range(8):
         (got,) = reader.get([key_of(number)])
         assert got["latents"].tobytes() == latents_of(number).tobytes()
@@ -214,10 +262,13 @@ def test_a_torn_local_file_is_fetched_again(tmp_path: Path):
     storage = open_storage(str(tmp_path / "cache"))
     write(storage, range(8))
     local = tmp_path / "local"
-    CacheReader(storage, FOLDER, local, MANY).get([key_of(0)])
+    fill(CacheReader(storage, FOLDER, local, MANY), range(1))
     (file,) = local.glob("*.arrow")
     file.write_bytes(b"")
-    (got,) = CacheReader(storage, FOLDER, local, MANY).get([key_of(0)])
+    reader = CacheReader(storage, FOLDER, local, MANY)
+    fill(reader, range(1))
+    (got,) = reader.get([key_of(0)])
+    assert file.stat().st_size > 0
     assert got["latents"].tobytes() == latents_of(0).tobytes()
 
 
@@ -228,8 +279,12 @@ def test_a_flipped_bit_in_a_shard_is_not_trained_on(tmp_path: Path):
     data = bytearray(storage.read(shard.key))
     data[data.find(latents_of(0).tobytes()[:64]) + 7] ^= 1
     storage.write(shard.key, bytes(data))
+    reader = CacheReader(storage, FOLDER, tmp_path / "local", MANY)
     with pytest.raises(DataError, match=r"is damaged .*Delete the folder"):
-        CacheReader(storage, FOLDER, tmp_path / "local", MANY).get([key_of(0)])
+        reader.get([key_of(0)])
+    with pytest.raises(DataError, match=r"is damaged .*Delete the folder"):
+        fill(reader, range(1))
+    assert reader.get([key_of(1)])[0]["latents"].tobytes() == latents_of(1).tobytes()
 
 
 def test_temporary_files_of_killed_processes_are_cleared(tmp_path: Path):
@@ -239,7 +294,7 @@ def test_temporary_files_of_killed_processes_are_cleared(tmp_path: Path):
     os.utime(stale, (1, 1))
     storage = open_storage(str(tmp_path / "cache"))
     write(storage, range(8))
-    CacheReader(storage, FOLDER, tmp_path, MANY).get([key_of(0)])
+    fill(CacheReader(storage, FOLDER, tmp_path, MANY), range(1))
     assert not stale.exists()
     assert young.exists()
 
@@ -255,6 +310,7 @@ def test_many_threads_read_the_same_numbers_and_fetch_a_group_once(tmp_path: Pat
         start.wait()
         order = np.random.default_rng(thread).permutation(64)
         for number in order.tolist():
+            fill(reader, range(number, number + 1))
             (got,) = reader.get([key_of(number)])
             assert got["latents"].tobytes() == latents_of(number).tobytes()
 
@@ -264,7 +320,8 @@ def test_many_threads_read_the_same_numbers_and_fetch_a_group_once(tmp_path: Pat
 
 
 CHILD = """
-import hashlib, sys
+import hashlib, sys, threading
+import numpy as np
 from pathlib import Path
 from raylora.base.storage import open_storage
 from raylora.data.cache.read import CacheReader
@@ -273,6 +330,7 @@ reader = CacheReader(open_storage(url), folder, Path(local), int(bound))
 keys = [hashlib.blake2b(str(n).encode(), digest_size=16).digest() for n in range(64)]
 print("ready", flush=True)
 for number in [*range(64), *reversed(range(64))]:
+    reader.fill(np.frombuffer(keys[number], "S16"), 1 << 30, threading.Event())
     reader.get([keys[number]])
 """
 
@@ -289,6 +347,7 @@ def test_processes_that_share_a_local_folder_keep_its_bound(tmp_path: Path):
     assert child.stdout.readline() == "ready\n"
     reader = CacheReader(storage, FOLDER, local, bound)
     for number in np.random.default_rng(0).permutation(64).tolist():
+        fill(reader, range(number, number + 1))
         (got,) = reader.get([key_of(number)])
         assert got["latents"].tobytes() == latents_of(number).tobytes()
         with open(local / ".lock", "ab") as lock:  # hold still to be counted
