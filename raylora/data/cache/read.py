@@ -27,7 +27,8 @@ from raylora.data.cache.index import CacheIndex, Place, Shard, Spot
 from raylora.data.cache.local import LocalCache
 
 # A step of 8 images has some 16 tensors: one round trip of a distant store.
-_FETCHERS = 16
+FETCHERS = 16
+"""Threads of a reader that fetch entries."""
 # Large enough for the footer of some hundred row groups, so that one read is enough.
 _TAIL_BYTES = 64 * 2**10
 
@@ -56,7 +57,7 @@ class CacheReader:
         self._footers: dict[Shard, pq.FileMetaData] = {}
         self._open: OrderedDict[GroupKey, _Group] = OrderedDict()
         self._open_bytes = 0
-        self._pool = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="cache-read")
+        self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="cache-read")
 
     def get(self, keys: Sequence[bytes]) -> list[dict[str, NDArray[Any]]]:
         """The tensors of each entry, read-only; views of the local files where these are.
