@@ -86,8 +86,15 @@ class Dataset:
             stop = threading.Event()
             thread = threading.Thread(target=self._fill, args=(stop,), name="cache-fill")
             thread.daemon = True
+            self._open()  # here, since two threads might open the same twice
             self.__dict__["_filling"] = (thread, stop)
             thread.start()
+
+    def _open(self) -> None:
+        if not self.facts.data.pictures_live:
+            _ = self._latents
+        if not self.facts.data.texts_live:
+            _ = self._texts
 
     def _fill(self, stop: threading.Event) -> None:
         data, left = self.facts.data, self._max_bytes
@@ -95,7 +102,8 @@ class Dataset:
             if not data.pictures_live:
                 left -= self._latents.fill(_names(self.rows.latents_keys), left, stop)
             if not data.texts_live:
-                self._texts.fill(_names(self.rows.text_keys), left, stop)
+                empty = np.frombuffer(text_key(""), f"S{KEY_BYTES}")
+                self._texts.fill(np.append(_names(self.rows.text_keys), empty), left, stop)
         except RayloraError as error:
             # Whoever needs an entry reads it by itself, and tells what is wrong if that fails too.
             log.warning("the local cache is not filled: %s", error)

@@ -61,6 +61,8 @@ class Run:
     def close(self) -> None:
         """End helper threads and processes, however the run ended."""
         self.parts.loader.close()
+        if self.validation:
+            self.validation.dataset.close()
         if self.saver:
             self.saver.close()
 

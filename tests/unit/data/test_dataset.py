@@ -214,6 +214,7 @@ def test_what_the_rows_need_comes_to_the_local_disk_in_the_background(
     for reader in (dataset._latents, dataset._texts):
         monkeypatch.setattr(reader, "_storage", counted)
     dataset.fetch_pictures([key for row in dataset.rows for key in row.latents_keys])
+    dataset.fetch_texts([text_key("")])  # of captions that are left out
     assert as_bytes(dataset) == before
     assert counted.reads == {}
     dataset.close()
