@@ -24,8 +24,10 @@ def check_bad_share(
     """
     if len(bad) <= data.max_bad * images:
         return
-    shown = "; ".join(f"{sample.key}: {sample.reason}" for sample in bad[:_NAMED])
-    more = f"; … (all in {cache_url}/{QUARANTINE})" if len(bad) > _NAMED else ""
+    # Two sets may show the same file.
+    named = list(dict.fromkeys(f"{sample.key}: {sample.reason}" for sample in bad))
+    shown = "; ".join(named[:_NAMED])
+    more = f"; … (all in {cache_url}/{QUARANTINE})" if len(named) > _NAMED else ""
     raise DataError(
         f"{len(bad)} of {images} images cannot be used, more than data.max_bad "
         f"{data.max_bad:g} allows. {shown}{more}. Repair or remove them, or raise data.max_bad."
