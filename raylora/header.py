@@ -19,6 +19,8 @@ from raylora.families import Family
 from raylora.job import Job
 
 CLIP_TOKENS = 75
+MOST_TAGS = 10_000
+"""Tags of a folder that a file names; sentences of a million images would fill it."""
 
 
 def adapter_facts(
@@ -138,7 +140,9 @@ def image_facts(job: Job, dataset: Dataset) -> dict[str, Any]:
     return {
         "dataset_folders": folders[False],
         "reg_folders": folders[True],
-        "tag_frequency": {folder: dict(counted) for folder, counted in tags.items()},
+        "tag_frequency": {
+            folder: dict(counted.most_common(MOST_TAGS)) for folder, counted in tags.items()
+        },
         "bucket_info": {"buckets": buckets, "mean_img_ar_error": ratio_error(rows)},
     }
 

@@ -19,7 +19,7 @@ from raylora.base.encoder import Encoder
 from raylora.base.errors import TrainingError
 from raylora.base.storage import Storage
 from raylora.check import Checked, check_job
-from raylora.data.dataset import run_item
+from raylora.data.dataset import BalanceChanged, run_item
 from raylora.job import Job
 from raylora.training.loop import Outcome, run_training
 from raylora.training.reduce import Alone
@@ -93,7 +93,10 @@ def begin(
     storage, done = claim(checked.job, extend=extend, moved=moved)
     if done is not None and not moved:
         return done
-    datasets = prepare(checked)
+    try:
+        datasets = prepare(checked)
+    except BalanceChanged:
+        datasets = prepare(check_job(checked.job))
     settle(checked.job, storage, checked.family, datasets)
     return done or (storage, datasets)
 

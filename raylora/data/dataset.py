@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from raylora.base.encoder import Encoder
@@ -51,6 +52,10 @@ __all__ = [
     "prepare_and_encode",
     "run_item",
 ]
+
+
+class BalanceChanged(DataError):
+    """Planning again, now that all bad images are known, gives the rows that every start will."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Dataset:
             if not data.texts_live:
                 empty = np.frombuffer(text_key(""), f"S{KEY_BYTES}")
                 self._texts.fill(np.append(_names(self.rows.text_keys), empty), left, stop)
-        except RayloraError as error:
+        except (RayloraError, OSError, pa.ArrowException) as error:
             # Whoever needs an entry reads it by itself, and tells what is wrong if that fails too.
             log.warning("the local cache is not filled: %s", error)
 
@@ -160,6 +165,11 @@ def load_dataset(plan: CachePlan, *, local_dir: str | None = None) -> Dataset:
     _check_texts(cache, facts, [held_out] if facts.data.texts_live else [rows, held_out])
     if absent:
         write_quarantine(cache, facts.folders, bad)
+        if any(options.is_reg for options in facts.sets):
+            raise BalanceChanged(
+                f"{len(absent)} images turned out bad while they were encoded, so the "
+                "regularisation images have another balance to keep. Run the same command again."
+            )
     check_bad_share(bad, plan.images, facts.data, cache.url)
     others = Dataset(held_out, (), facts, local_dir) if len(held_out) else None
     return Dataset(rows, tuple(bad), facts, local_dir, others)
@@ -239,11 +249,9 @@ def _why_absent(plan: CachePlan, absent: Sequence[Row]) -> list[BadSample]:
             cache, facts.memory_folders[number], judges=(decoder_name(), facts.latents_folder)
         )
         memory.load()
-        for index, row in enumerate(absent):
-            entry = source.entry(row.key) if row.set == number else None
-            reason = memory.reason(entry) if entry else None
-            if reason:
-                reasons[index] = reason
+        of_set = [index for index, row in enumerate(absent) if row.set == number]
+        known = memory.reasons([source.entry(absent[index].key) for index in of_set])
+        reasons |= {index: reason for index, reason in zip(of_set, known, strict=True) if reason}
     # What several sets have is encoded once, and remembered in the folder of one of them.
     shared = {key: reasons[index] for index in reasons for key in absent[index].latents_keys}
     found: list[BadSample] = []

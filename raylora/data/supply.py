@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from raylora.base.encoder import Encoder
 from raylora.base.errors import DataError, MissingObject
 from raylora.base.storage import open_storage
-from raylora.data.cache.recipe import text_key
+from raylora.data.cache.recipe import LatentsNamer, text_key
 from raylora.data.dataset import Dataset
 from raylora.data.encode import encode_captions, encode_pictures, is_finite
-from raylora.data.pixels.pictures import PictureSource
+from raylora.data.pixels.pictures import ImageFile, PictureSource
 from raylora.data.rows import Row
 from raylora.data.steps import SampleRef, StepPlan
-from raylora.data.variants import Chooser, Showing
+from raylora.data.variants import Chooser, Showing, draw_picture
 
 Tensors = Mapping[str, NDArray[np.generic]]
 
@@ -107,8 +107,8 @@ class Supply:
         source = self._sources[row.set]
         try:
             file = source.read(row.key, row.mask)
-            if file.size != row.original_size:
-                raise DataError(f"it has {file.size[0]}x{file.size[1]} px")
+            if self._name(row, file) != row.latents_key:
+                raise DataError(f"it is another picture, {file.size[0]}x{file.size[1]} px")
             look = self._chooser.live_picture(showing, row.set, file.size, row.key)
             shown = source.show(file, look)
         except (DataError, MissingObject) as error:
@@ -122,6 +122,12 @@ class Supply:
         if not is_finite(tensors):
             raise DataError(f"{row.key}: the image encoder gave NaN or infinity. Remove it.")
         return tensors
+
+    def _name(self, row: Row, file: ImageFile) -> bytes:
+        """What the cache would call the row's first picture, of the bytes that are there now."""
+        options, seed = self.dataset.facts.sets[row.set], self.dataset.facts.data.variant_seed
+        look = draw_picture(options, file.size, row.key, row.number, seed=seed, variant=0)
+        return LatentsNamer(options).key(file.sha256, look, file.mask_name)
 
     def _live_texts(self, pairs: Sequence[tuple[Row, Showing]]) -> Sequence[Tensors]:
         captions = [

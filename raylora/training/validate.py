@@ -30,6 +30,7 @@ class Validation:
 
     def __init__(self, dataset: Dataset, timesteps: tuple[int, ...]) -> None:
         self.dataset = dataset
+        dataset.fill()
         self.timesteps = timesteps
 
     @torch.no_grad()

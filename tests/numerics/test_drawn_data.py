@@ -14,9 +14,12 @@ from small import ROOT, final_state, open_run, small_job, train_small
 from test_fleet import train_member
 
 from raylora.assemble import open_store
+from raylora.check import check_job
 from raylora.data.cache.recipe import text_key
 from raylora.job import Job
-from raylora.training.step import losses_at
+from raylora.local import begin, cache_here
+from raylora.training.loader import micro_batches
+from raylora.training.step import losses_at, sample_losses
 
 HOLDOUT = str(ROOT / "jobs/quickstart/demo-data/holdout")
 DRAWN: dict[str, Any] = {
@@ -146,6 +149,52 @@ def test_only_what_a_mask_lets_through_is_in_the_loss(
     error = (predicted[0].detach() - target).double().square()
     left = error[0, :, :, :8].mean() * (1 if kind == "area" else 0.5)
     torch.testing.assert_close(losses.double(), torch.stack([left, error[1].mean()]))
+
+
+@pytest.mark.slow
+def test_regularisation_images_weigh_what_the_job_says(tmp_path: Path):
+    sets = [{"folder": HOLDOUT}, {"folder": HOLDOUT, "is_reg": True}]
+    run = open_run(
+        job(
+            tmp_path,
+            tmp_path / "cache",
+            data__sets=sets,
+            data__prior_loss_weight=0.25,
+            training__images_per_step=16,
+        )
+    )
+    samples, tensors, _ = run.parts.loader.take(0)
+    for mates, batch in micro_batches(samples, tensors, 8):
+        numbers = [mate.number for mate in mates]
+        weighed = sample_losses(run.parts, batch, numbers, 0).detach()
+        alike = {**batch, "weight": torch.ones(len(mates))}
+        plain = sample_losses(run.parts, alike, numbers, 0).detach()
+        of_sets = [int(run.parts.loader.dataset.rows.set[mate.row]) for mate in mates]
+        expected = torch.tensor([0.25 if of_set else 1.0 for of_set in of_sets])
+        torch.testing.assert_close(weighed, plain * expected)
+    run.close()
+    assert {int(run.parts.loader.dataset.rows.set[one.row]) for one in samples} == {0, 1}
+
+
+@pytest.mark.slow
+def test_a_bad_image_found_while_encoding_changes_no_later_start(tmp_path: Path):
+    """The balance of regularisation images is the same on the first start as on the next."""
+    (tmp_path / "images").mkdir()
+    for file in sorted(Path(HOLDOUT).glob("a*")):
+        (tmp_path / "images" / file.name).write_bytes(file.read_bytes())
+    broken = next((tmp_path / "images").glob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:-200])
+    sets = [{"folder": str(tmp_path / "images")}, {"folder": HOLDOUT, "is_reg": True}]
+    given = job(tmp_path, tmp_path / "cache", data__sets=sets, data__max_bad=0.9)
+    found = []
+    for _ in range(2):
+        begun = begin(check_job(given), cache_here, extend=False, moved=False)
+        assert not isinstance(begun, dict)
+        found.append(begun[1].training)
+    assert found[0].rows.fingerprint() == found[1].rows.fingerprint()
+    assert [one.key for one in found[0].bad] == [broken.name]
+    shown = [int(found[0].rows.repeats[found[0].rows.set == number].sum()) for number in (0, 1)]
+    assert shown[0] == shown[1] > 0
 
 
 @pytest.fixture

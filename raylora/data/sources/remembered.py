@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,13 +123,18 @@ class SourceMemory:
         bad = pc.coalesce(found["bad"], verdicts["bad"].take(copies))
         return found.set_column(4, "bad", bad)
 
-    def reason(self, entry: Entry) -> str | None:
-        """Why a file cannot be used, where that is known of the file as it is now."""
+    def reasons(self, entries: Sequence[Entry | None]) -> list[str | None]:
+        """Why files cannot be used, where that is known of them as they are now."""
+        there = [entry or Entry("", 0, "") for entry in entries]
         table = pa.table(
-            {"key": [entry.key], "size_bytes": [entry.size_bytes], "tag": [entry.tag]},
+            {
+                "key": [entry.key for entry in there],
+                "size_bytes": [entry.size_bytes for entry in there],
+                "tag": [entry.tag for entry in there],
+            },
             schema=pa.schema([SCHEMA.field(name) for name in ("key", "size_bytes", "tag")]),
         )
-        found: str | None = self.find(table)["bad"][0].as_py()
+        found: list[str | None] = self.find(table)["bad"].to_pylist()
         return found
 
     def add(self, seen: Seen) -> None:

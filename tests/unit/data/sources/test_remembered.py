@@ -92,8 +92,8 @@ def test_a_file_of_another_size_tag_or_name_is_unknown(cache: Storage, change: d
     assert set(first.values()) == {None}
     assert second["sha256"] is not None
     assert third["bad"] == "truncated"
-    assert memory.reason(other) is None
-    assert memory.reason(entry()) == "truncated"
+    assert memory.reasons([other])[0] is None
+    assert memory.reasons([entry()])[0] == "truncated"
 
 
 def test_a_later_object_overrules_an_earlier_one(cache: Storage):
@@ -135,20 +135,20 @@ def test_objects_are_taken_in_by_number_and_only_once(
 def test_verdicts_of_other_judges_do_not_count(cache: Storage):
     put(cache, seen())
     put(cache, bad(judge="pillow 1"), bad("b.png", b"2", judge="pillow 1"))
-    assert loaded(cache, "pillow 1", "vae").reason(entry()) == "truncated"
+    assert loaded(cache, "pillow 1", "vae").reasons([entry()])[0] == "truncated"
     other = loaded(cache, "pillow 2", "vae")
-    assert other.reason(entry()) is None
+    assert other.reasons([entry()])[0] is None
     # What was seen before the verdict counts still; a file of which there is nothing else is new.
     first, second = asked(other, entry(), entry("b.png"))
     assert first["sha256"] is not None
     assert second["sha256"] is None
-    assert SourceMemory(cache, FOLDER).reason(entry()) is None
+    assert SourceMemory(cache, FOLDER).reasons([entry()])[0] is None
 
 
 def test_another_judge_does_not_clear_ours(cache: Storage):
     put(cache, bad(judge="me"))
     put(cache, bad(judge="other"))
-    assert loaded(cache).reason(entry()) == "truncated"
+    assert loaded(cache).reasons([entry()])[0] == "truncated"
 
 
 def test_a_copy_of_a_bad_file_is_bad_whichever_was_seen_first(cache: Storage):
@@ -156,7 +156,9 @@ def test_a_copy_of_a_bad_file_is_bad_whichever_was_seen_first(cache: Storage):
     put(cache, bad())
     put(cache, seen("last.png"))
     memory = loaded(cache)
-    reasons = [memory.reason(entry(f"{name}.png")) for name in ("first", "a", "last", "other")]
+    reasons = [
+        memory.reasons([entry(f"{name}.png")])[0] for name in ("first", "a", "last", "other")
+    ]
     assert reasons == ["truncated"] * 3 + [None]
 
 
@@ -164,18 +166,18 @@ def test_a_caption_is_not_bad_because_an_image_of_the_same_bytes_is(cache: Stora
     """A download may leave the same text in both."""
     put(cache, bad("a.png", b"cat"), seen("b.txt", b"cat", caption="cat"))
     memory = loaded(cache)
-    assert memory.reason(entry()) == "truncated"
-    assert memory.reason(entry("b.txt")) is None
+    assert memory.reasons([entry()])[0] == "truncated"
+    assert memory.reasons([entry("b.txt")])[0] is None
 
 
 def test_a_good_look_after_a_bad_one_clears_the_file_and_its_copies(cache: Storage):
     put(cache, bad(), seen("copy.png"))
-    assert loaded(cache).reason(entry("copy.png")) == "truncated"
+    assert loaded(cache).reasons([entry("copy.png")])[0] == "truncated"
     put(cache, seen())
     memory = loaded(cache)
-    assert [memory.reason(entry(key)) for key in ("a.png", "copy.png")] == [None, None]
+    assert [memory.reasons([entry(key)])[0] for key in ("a.png", "copy.png")] == [None, None]
     put(cache, bad())
-    assert loaded(cache).reason(entry()) == "truncated"
+    assert loaded(cache).reasons([entry()])[0] == "truncated"
 
 
 def test_folders_do_not_know_of_each_other(cache: Storage):
