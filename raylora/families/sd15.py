@@ -122,6 +122,7 @@ class Sd15(Family):
         latents_facts = {
             "family": "sd15",
             "vae": _file_hash(vae),
+            "vae_config": _file_hash(self.folder / "vae" / "config.json"),
             "scaling": self._scaling,
             "pick": "mode",
             "dtype": "float32",
@@ -129,6 +130,7 @@ class Sd15(Family):
         text_facts = {
             "family": "sd15",
             "text_encoder": _file_hash(text),
+            "text_config": _file_hash(self.folder / "text_encoder" / "config.json"),
             "tokenizer": [_file_hash(f) for f in sorted(tokenizer.glob("*")) if f.is_file()],
             "max_tokens": self._options.max_tokens,
             "clip_skip": self._options.clip_skip,

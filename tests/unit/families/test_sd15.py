@@ -283,3 +283,16 @@ def test_the_renderer_is_the_diffusers_pipeline():
     ).images[0]
     assert ours.shape == (48, 64, 3)
     assert abs(ours.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(("part", "word"), [("vae", 0), ("text_encoder", 1)])
+def test_a_config_that_changes_the_encoder_changes_its_name(tmp_path: Path, part: str, word: int):
+    base = tmp_path / "base"
+    shutil.copytree(Path(__file__).parents[3] / "jobs/quickstart/tiny-sd", base)
+    options = Sd15Options(weights=str(base))
+    before = Sd15(base, options).encoder_facts()
+    file = base / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_act": "other"}))
+    after = Sd15(base, options).encoder_facts()
+    assert after[word] != before[word]
+    assert after[1 - word] == before[1 - word]
