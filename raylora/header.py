@@ -55,7 +55,7 @@ def adapter_facts(
         prediction_type="v" if about["modelspec.prediction_type"] == "v" else "epsilon",
         resolution=data.resolution,
         rank=network.rank,
-        alpha=network.scale * network.rank,
+        alpha=network.alpha or network.rank,
         network_args={"layers": network.layers},
         images_per_step=training.images_per_step,
         steps=step,

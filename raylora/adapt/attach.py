@@ -61,12 +61,12 @@ class Adapter:
             leaf.grad = self.gradients[piece].view(array.shape)
             self.parameters[site_name][word] = leaf
 
-    def modules(self, options: NetworkOptions) -> dict[str, dict[str, Tensor]]:
+    def modules(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of each site as a LoRA file names them; detached, on the CPU."""
         exported = {}
         for site in self.sites:
             held = {word: leaf.detach() for word, leaf in self.parameters[site.name].items()}
-            tensors = self.network.export(held, site, options)
+            tensors = self.network.export(held, site, self.scales[site.name])
             exported[site.name] = {name: t.cpu() for name, t in tensors.items()}
         return exported
 
@@ -82,7 +82,7 @@ def fresh_adapter(
 ) -> Adapter:
     """A new adapter; each site's first weights come from its own name and the seed."""
     initial = {site.name: network.initial(options, site, _draw(seed, site)) for site in sites}
-    scales = {site.name: options.scale for site in sites}
+    scales = {site.name: options.scale_at(site) for site in sites}
     return Adapter(network, sites, initial, scales, dtype=dtype, device=device)
 
 

@@ -29,6 +29,21 @@ class Options(BaseModel):
     )
 
 
+def known_as(
+    *, formula: str = "", source: str = "", sd_scripts: str = "", guides: str = ""
+) -> dict[str, Any]:
+    """What docs/training.md says of an option beside its text; for `Field(json_schema_extra=…)`.
+
+    Args:
+        formula: what it does to the numbers, in plain characters.
+        source: a paper, or whoever's rule it is.
+        sd_scripts: the option's name there, e.g. `--noise_offset`.
+        guides: what people's guides call it, where that is another name.
+    """
+    words = {"formula": formula, "source": source, "sd_scripts": sd_scripts, "guides": guides}
+    return {"known_as": {word: text for word, text in words.items() if text}}
+
+
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """Turn a pydantic error into one sentence per mistake, each with its dotted path."""
     mistakes: dict[str, list[_Mistake]] = {}

@@ -1,6 +1,6 @@
 """LoRA: a frozen layer's output plus scale * up(down(x)).
 
-Source: Hu et al. 2021, arXiv 2106.09685. Linear layers and 1x1 convolutions.
+Source: Hu et al. 2021, arXiv 2106.09685. Linear layers and convolutions.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from raylora.base.site import Site
-from raylora.networks import Draw, Network, NetworkOptions, Parameters
+from raylora.networks import Draw, Gate, Network, NetworkOptions, Parameters
 
 
 class LoraOptions(NetworkOptions):
@@ -22,13 +23,16 @@ class LoraOptions(NetworkOptions):
     kind: Literal["lora"] = "lora"
 
 
-def initial(options: LoraOptions, site: Site, draw: Draw) -> dict[str, NDArray[np.float64]]:
-    """`down` uniform within 1/sqrt(inputs), `up` zero: a fresh adapter changes nothing.
+def initial(options: NetworkOptions, site: Site, draw: Draw) -> dict[str, NDArray[np.float64]]:
+    """`down` uniform within 1/sqrt(numbers in), `up` zero: a fresh adapter changes nothing.
 
-    The bound is that of Kaiming's uniform with a = sqrt(5), which sd-scripts uses.
+    The bound is that of Kaiming's uniform with a = sqrt(5), which sd-scripts uses. `down` is (R, I)
+    for a linear layer or a 1x1 convolution, (R, I, kh, kw) for a larger one; `up` (O, R).
     """
-    down_RI = draw((options.rank, site.inputs)) / np.sqrt(site.inputs)
-    return {"down": down_RI, "up": np.zeros((site.outputs, options.rank))}
+    rank, size = options.rank_at(site), site.kernel if site.kernel != (1, 1) else ()
+    fan_in = site.inputs * int(np.prod(size))
+    down = draw((rank, site.inputs, *size)) / np.sqrt(fan_in)
+    return {"down": down, "up": np.zeros((site.outputs, rank))}
 
 
 class _LowRank(torch.autograd.Function):
@@ -96,27 +100,44 @@ class _LowRankConv(torch.autograd.Function):
         return grad_x, grad_down, grad_up_RO.T, grad, None
 
 
-def forward(parameters: Parameters, x: Tensor, base_output: Tensor, scale: float) -> Tensor:
+def forward(
+    parameters: Parameters,
+    x: Tensor,
+    base_output: Tensor,
+    scale: float,
+    site: Site,
+    gate: Gate | None = None,
+) -> Tensor:
     """The adapted output.
 
     Args:
-        parameters: `down` (R, I) and `up` (O, R); cast to x's dtype for the products.
-        x: (..., I) for a linear layer, (B, I, H, W) for a 1x1 convolution.
-        base_output: what the frozen layer gave, (..., O) or (B, O, H, W).
+        parameters: `down` (R, I) or (R, I, kh, kw) and `up` (O, R); cast to x's dtype.
+        x: (..., I) for a linear layer, (B, I, H, W) for a convolution.
+        base_output: what the frozen layer gave, (..., O) or (B, O, H', W').
         scale: alpha / rank, times any strength.
+        gate: dropout of the hidden; None drops nothing.
     """
     down, up = parameters["down"], parameters["up"]
-    low_rank = _LowRankConv if x.dim() == 4 else _LowRank
-    adapted: Tensor = low_rank.apply(x, down, up, base_output, scale)  # type: ignore[no-untyped-call]
-    return adapted
+    if gate is None and down.dim() == 2:
+        low_rank = _LowRankConv if site.kind == "conv" else _LowRank
+        adapted: Tensor = low_rank.apply(x, down, up, base_output, scale)  # type: ignore[no-untyped-call]
+        return adapted
+    down, up = down.to(x.dtype), up.to(x.dtype)
+    if site.kind == "linear":
+        hidden = F.linear(x, down)
+        return base_output + scale * F.linear(hidden if gate is None else gate(hidden), up)
+    kernel = down if down.dim() == 4 else down[:, :, None, None]
+    hidden = F.conv2d(x, kernel, stride=site.stride, padding=site.padding)
+    hidden = hidden if gate is None else gate(hidden)
+    return base_output + scale * F.conv2d(hidden, up[:, :, None, None])
 
 
-def export(parameters: Parameters, site: Site, options: LoraOptions) -> dict[str, Tensor]:
+def export(parameters: Parameters, site: Site, scale: float) -> dict[str, Tensor]:
     """Tensors as kohya files hold them: 4-D for convolutions, alpha a number."""
     down, up = parameters["down"], parameters["up"]
     if site.kind == "conv":
-        down, up = down[:, :, None, None], up[:, :, None, None]
-    alpha = torch.tensor(options.scale * options.rank, dtype=torch.float32)
+        down, up = down if down.dim() == 4 else down[:, :, None, None], up[:, :, None, None]
+    alpha = torch.tensor(scale * len(down), dtype=torch.float32)
     return {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
 
 

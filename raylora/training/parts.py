@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,11 @@ class Parts:
     timesteps: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Within it, the adapter holds what people get: its average, where one is kept."""
+        yield
 
     def halve_micro_batch(self, where: str) -> None:
         """After running out of memory; not within `except`, whose traceback holds tensors."""

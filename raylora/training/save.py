@@ -67,7 +67,7 @@ class Saver:
 
     def file(self, parts: Parts, step: int) -> bytes:
         """The LoRA file as it would be saved now."""
-        exported = parts.adapter.modules(self._network)
+        exported = parts.adapter.modules()
         modules = [AdapterModule(name, tensors) for name, tensors in exported.items()]
         return adapter_bytes(modules, dict(self._metadata(step)), dtype=self._dtype)
 
