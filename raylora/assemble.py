@@ -14,30 +14,32 @@ from typing import Any
 
 import torch
 
-from raylora.adapt.attach import Attachment, fresh_adapter
 from raylora.adapt.metadata import adapter_metadata
+from raylora.adapt.norm_cap import NormCap
 from raylora.adapt.proof import ExportProver
-from raylora.base.fetch import local_folder
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage, open_storage
 from raylora.base.units import mib
 from raylora.data.dataset import CachePlan, Dataset, WorkItem, load_dataset, prepare
 from raylora.data.options import SetOptions
 from raylora.data.steps import StepPlan
-from raylora.data.supply import Supply
+from raylora.data.supply import Supply, measured_tensors
 from raylora.data.variants import Chooser
-from raylora.diffusion.losses import make_loss
-from raylora.families import Family, get_family
+from raylora.diffusion.losses import loss_problems, make_loss
+from raylora.diffusion.noise import make_noise, noise_problems, trained_process
+from raylora.families import Family
 from raylora.header import adapter_facts, image_facts
 from raylora.job import Job
-from raylora.networks import get_network
+from raylora.models import PRECISIONS, Adapted, load_adapted, open_family
 from raylora.optim.optimizers import make_optimizer
 from raylora.optim.schedules import make_schedule
 from raylora.training.finish import finish_run
+from raylora.training.ema import Ema
 from raylora.training.loader import Loader
 from raylora.training.loop import Course, Run
+from raylora.training.loss_scale import LossScale
 from raylora.training.options import MICRO_BATCH
-from raylora.training.parts import Parts
+from raylora.training.parts import Mover, Parts, ReadText
 from raylora.training.reduce import Group
 from raylora.training.report import Reporter, Sink
 from raylora.training.run_folder import (
@@ -53,14 +55,6 @@ from raylora.training.sums import ExactSums, RoundedSums
 from raylora.training.validate import Validation
 
 log = get_logger("train")
-
-PRECISIONS = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.float32),
-    "fp64": (torch.float64, torch.float64),
-}
-"""(activations and base, adapter and optimizer)."""
-
 
 # A float32 VAE holds a few activations of 256 channels at full size at once. An estimate, to be
 # measured: too much halves the batch.
@@ -93,15 +87,11 @@ def claim(
     return storage, {**result, "already_done": True}
 
 
-def open_family(job: Job) -> Family:
-    """The base model, its weights fetched to this machine where they are elsewhere."""
-    make, _ = get_family(job.family.kind)
-    return make(local_folder(job.family.weights), job.family)
-
-
-def size_problems(job: Job, family: Family) -> list[str]:
-    """Sizes and timesteps that this base cannot take, one sentence each."""
-    step, found = family.size_step, []
+def base_problems(job: Job, family: Family) -> list[str]:
+    """Sizes, timesteps, noise and losses that this base cannot take, one sentence each."""
+    process = trained_process(family.process, job.noise)
+    step = family.size_step
+    found = [*noise_problems(job.noise, family.process), *loss_problems(job.loss, process)]
     sides = {}
     for number, options in enumerate(job.sets):
         place = f"data.sets.{number}" if job.data.sets else "data"
@@ -210,9 +200,11 @@ def make_run(
     total = total_steps(job, plan)
     pinned = None if job.fleet.shares == "measured" else job.fleet.shares
     shares = Shares(group.size, pinned if group.size > 1 else None)
-    chooser = Chooser(job.sets, seed=job.training.seed, total_steps=total)
-    encoder = family.load_encoder(device=device) if job.data.texts_live else None
-    supply = Supply(datasets.training, plan, chooser, encoder)
+    chooser = Chooser(job.sets, seed=job.seed, total_steps=total)
+    tokens = family.tokens if job.network.trains_text else None
+    live = job.data.pictures_live or (job.data.texts_live and tokens is None)
+    encoder = family.load_encoder(device=device) if live else None
+    supply = Supply(datasets.training, plan, chooser, encoder, tokens)
     loader = Loader(supply, plan, shares, group.rank)
     parts = _make_parts(job, family, loader, group, shares, total, device)
     first = group.rank == 0 and report
@@ -270,44 +262,58 @@ def _make_parts(
     total: int,
     device: torch.device,
 ) -> Parts:
-    dtype, exact = PRECISIONS[job.training.precision]
-    denoiser = family.load_denoiser(dtype=dtype, device=device)
-    network = get_network(job.network.kind)
-    sites = family.sites(denoiser, job.network.layers)
-    adapter = fresh_adapter(
-        network, job.network, sites, seed=job.training.seed, dtype=exact, device=device
-    )
-    steps = family.process.steps
+    dtype, _ = PRECISIONS[job.training.precision]
+    models = load_adapted(job, family, device)
+    adapter = models.adapter
+    process = trained_process(family.process, job.noise)
+    stop = job.optimizer.text_encoder_stop
     exact_sums = job.training.sums == "exact"
     if exact_sums and device.type == "cpu":
         # More threads cut a layer's own sums into other pieces.
         torch.set_num_threads(job.fleet.threads)
     return Parts(
-        denoiser=denoiser,
-        attachment=Attachment(denoiser, family.component, adapter),
+        denoiser=models.denoiser,
+        text_encoders=models.text_encoders,
+        attachments=models.attachments,
         adapter=adapter,
         predict=family.predict,
-        process=family.process,
+        read_text=_text_reader(family, models, dtype, device),
+        text_stops=None if stop is None else math.ceil(stop * total),
+        process=process,
         loss=make_loss(
             job.loss,
-            family.process,
+            process,
             masked=any(options.masked for options in job.sets),
             weighed=any(options.is_reg for options in job.sets),
         ),
-        optimizer=make_optimizer(job.optimizer, adapter.values),
-        factor=make_schedule(job.schedule, total),
-        learning_rate=job.optimizer.learning_rate,
-        max_grad_norm=job.optimizer.max_grad_norm,
+        noise=make_noise(job.noise),
+        mover=_make_mover(job, models, total),
+        ema=Ema(job.ema, adapter.values.data) if job.ema.decay is not None else None,
+        loss_scale=LossScale(on=job.training.precision == "fp16"),
         loader=loader,
         group=group,
         shares=shares,
         sums=ExactSums(adapter) if exact_sums else RoundedSums(adapter),
         micro_batch=1 if exact_sums else job.memory.max_micro_batch or MICRO_BATCH,
-        seed=job.training.seed,
-        timesteps=(job.training.min_timestep, job.training.max_timestep or steps),
+        seed=job.seed,
+        timesteps=(job.training.min_timestep, job.training.max_timestep or process.steps),
         dtype=dtype,
         device=device,
+        skip_broken=job.training.on_nan == "skip",
     )
+
+
+def _text_reader(
+    family: Family, models: Adapted, dtype: torch.dtype, device: torch.device
+) -> ReadText:
+    """Captions of a batch as the prediction takes them: read by the encoder that is trained, or
+    only brought to the device where they were encoded before."""
+    encoders = models.text_encoders
+    if encoders:
+        return lambda tokens: family.read_tokens(encoders, tokens)
+    return lambda texts: {
+        name: tensor.to(device, dtype, non_blocking=True) for name, tensor in texts.items()
+    }
 
 
 def _course(job: Job, total: int) -> Course:

@@ -199,6 +199,11 @@ def _shared_job(options: SweepOptions, base: Job, given: Sequence[str]) -> Job:
     steps = shared.training.steps
     if options.scheduler == "asha" and steps is not None and options.grace_steps > steps:
         problems.append(grace_problem(options.grace_steps, steps))
+    if shared.training.seed is None:
+        problems.append(
+            "training.seed is null, and trials with seeds of their own cannot be compared. Give "
+            "one, in the job or with --set training.seed=0."
+        )
     if problems:
         raise JobError(problems)
     every = shared.validation.every_steps

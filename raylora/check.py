@@ -11,11 +11,10 @@ import torch
 
 from raylora.arithmetic import count_bytes, count_job, count_tokens, token_advice
 from raylora.assemble import (
-    open_family,
+    base_problems,
     pick_device,
     plan_dataset,
     set_groups,
-    size_problems,
     total_steps,
 )
 from raylora.base.errors import JobError, UserError
@@ -24,6 +23,7 @@ from raylora.data.dataset import CachePlan
 from raylora.data.steps import StepPlan
 from raylora.families import Family
 from raylora.job import Job
+from raylora.models import first_of, open_family, with_seed
 
 T = TypeVar("T")
 
@@ -47,17 +47,21 @@ class Checked:
 
 
 def check_job(job: Job, *, rehash: bool = False) -> Checked:
-    """Open the base, list the images, prove the store.
+    """Open the base, list the images, prove the store; draw the seed where it is blank.
 
     Raises:
         JobError: every problem that was found, one sentence each.
     """
     problems: list[str] = []
+    if _collect(problems, lambda: open_storage(job.store).check() or True):
+        job = with_seed(job)
     family = _collect(problems, lambda: open_family(job))
-    _collect(problems, lambda: open_storage(job.store).check())
     plans: list[CachePlan] = []
     if family is not None:
-        problems += size_problems(job, family)
+        opened = family
+        problems += base_problems(job, opened)
+        if job.network.initial is not None:
+            _collect(problems, lambda: first_of(job, opened, *opened.skeletons()))
         plan = partial(plan_dataset, job, family=family, rehash=rehash, workers=job.fleet.count)
         for sets in set_groups(job):
             planned = _collect(problems, partial(plan, sets))

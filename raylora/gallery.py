@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from raylora.assemble import PRECISIONS, open_family
 from raylora.base.errors import DataError, OptionError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage
 from raylora.job import Job, job_from
+from raylora.models import PRECISIONS, open_family
 from raylora.serving.library import Checkpoint, Library, Recent
 from raylora.serving.options import RenderRequest, ServeOptions, picture_options
 from raylora.serving.studio import Studio

@@ -20,12 +20,14 @@ from raylora.base.yaml_file import parse_yaml, read_yaml_file
 from raylora.data.options import DataOptions, Native, SetOptions, resolve
 from raylora.data.variants import variants_of
 from raylora.diffusion.losses import LossOptions
+from raylora.diffusion.noise import NoiseOptions
 from raylora.families import FamilyOptions, get_family
 from raylora.fleet import FleetOptions
 from raylora.networks import NetworkOptions, get_network
 from raylora.optim.optimizers import OptimizerOptions
 from raylora.optim.schedules import ScheduleOptions
 from raylora.preview.options import PreviewOptions
+from raylora.training.ema import EmaOptions
 from raylora.training.options import (
     ExportOptions,
     LogOptions,
@@ -71,10 +73,14 @@ class Job(Options):
     """How the rate goes over the run."""
     loss: LossOptions = LossOptions()
     """What is minimised."""
+    noise: NoiseOptions = NoiseOptions()
+    """What is added to the latents, and what is predicted of it."""
     data: DataOptions
     """Images and captions."""
     training: TrainingOptions
     """How long, from which seed."""
+    ema: EmaOptions = EmaOptions()
+    """An average of the weights over the run."""
     validation: ValidationOptions = ValidationOptions()
     """The held-out loss."""
     preview: PreviewOptions = PreviewOptions()
@@ -87,6 +93,18 @@ class Job(Options):
     """The LoRA file."""
     log: LogOptions = LogOptions()
     """What is said."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_in_training_is_not_cached(cls, given: Any) -> Any:
+        """Captions are read anew where their encoder changes, whatever is the default."""
+        if not isinstance(given, Mapping):
+            return given
+        network, data = given.get("network"), given.get("data")
+        trained = isinstance(network, Mapping) and network.get("train", "denoiser") != "denoiser"
+        if not trained or not isinstance(data, Mapping) or "cache_text" in data:
+            return given
+        return {**given, "data": {**data, "cache_text": False}}
 
     @field_validator("name")
     @classmethod
@@ -116,6 +134,18 @@ class Job(Options):
         for problem in _data_problems(self, sets):
             raise ValueError(problem)
         return self
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        for problem in _part_problems(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def seed(self) -> int:
+        """`training.seed`, once it is drawn."""
+        assert self.training.seed is not None, "check_job draws it"
+        return self.training.seed
 
     @cached_property
     def sets(self) -> tuple[SetOptions, ...]:
@@ -148,6 +178,48 @@ class Job(Options):
         """16 hex digits that name this job's whole content."""
         text = json.dumps(self.plain(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _part_problems(job: Job) -> Iterable[str]:
+    """What network, optimizer and the rest do not agree on."""
+    network, optimizer, train = job.network, job.optimizer, job.network.train
+    if network.trains_text and job.data.cache_text:
+        yield (
+            f"data.cache_text is true, and network.train: {train} changes the encoder whose "
+            "output would be cached. Leave data.cache_text out, or set it to false."
+        )
+    if network.initial_ranks and network.initial is None:
+        yield "network.initial_ranks takes the ranks of network.initial, which is not given."
+    of_text = ("text_encoder_rate", "text_encoder_stop", "lora_plus_text_encoder_ratio")
+    of_denoiser = ("denoiser_rate", "block_rates", "lora_plus_denoiser_ratio")
+    idle = [] if network.trains_text else list(of_text)
+    idle += [] if network.trains_denoiser else list(of_denoiser)
+    for word in idle:
+        if getattr(optimizer, word) is not None:
+            wanted = "both or text_encoder" if word in of_text else "both or denoiser"
+            yield (
+                f"optimizer.{word} is given, and network.train: {train} leaves that part out. Set "
+                f"network.train to {wanted}, or leave the option out."
+            )
+    if optimizer.text_encoder_rate == 0 or optimizer.denoiser_rate == 0:
+        part = "text_encoder" if optimizer.text_encoder_rate == 0 else "denoiser"
+        if train != "both":
+            yield f"optimizer.{part}_rate is 0, and nothing else is trained. Give it a rate."
+    if optimizer.text_encoder_stop is not None and train == "text_encoder":
+        yield (
+            "optimizer.text_encoder_stop: nothing would be trained after it, since network.train "
+            "is text_encoder. Set training.steps lower, or network.train: both."
+        )
+    if optimizer.schedule_free and job.ema.decay is not None:
+        yield (
+            f"ema.decay: {optimizer.name} keeps an average of its own, and shows that. Leave one "
+            "of them out."
+        )
+    if optimizer.schedule_free and network.max_norm is not None:
+        yield (
+            f"network.max_norm: {optimizer.name} moves weights that it holds elsewhere, which a "
+            "cap would not reach. Leave one of them out."
+        )
 
 
 def _data_problems(job: Job, sets: tuple[SetOptions, ...]) -> Iterable[str]:

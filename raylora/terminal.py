@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from raylora.base.units import duration, gib, kib, mib
-from raylora.training.report import Row, Sink, log_sink
+from raylora.training.report import Row, Sink, log_sink, measured_line
 
 console = Console(stderr=True, highlight=False)
 
@@ -34,23 +34,31 @@ def progress_sink() -> Iterator[Sink]:
 def _bar() -> Progress:
     return Progress(
         TextColumn("[bold]step {task.completed:.0f}/{task.total}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
         TextColumn("{task.fields[said]}"),
         console=console,
     )
 
 
+_SHOWN = ("resumed", "saved", "shares", "drift mended", "previews left out", "early stop")
+
+
 def _show(progress: Progress, task: TaskID, row: Row) -> None:
     if "images_per_second" in row:
+        of = f" of {gib(row['total_bytes'])}" if "total_bytes" in row else ""
         said = (
-            f"loss {row['loss']:.4f}  lr {row['learning_rate']:.1e}  "
-            f"{row['images_per_second']:.1f} img/s  ETA {duration(row['eta_seconds'])}  "
-            f"memory {gib(row['peak_bytes'])}"
+            f"epoch {row['epoch']:.1f}  loss {row['loss']:.4f}  mean {row['loss_average']:.4f}  "
+            f"lr {row['learning_rate']:.1e}  {row['images_per_second']:.1f} img/s  "
+            f"ETA {duration(row['eta_seconds'])}  "
+            f"memory {gib(row['memory_bytes'])}, peak {gib(row['peak_bytes'])}{of}"
         )
         progress.update(task, completed=row["done"], total=row["total"], said=said)
     elif "validation" in row:
-        progress.console.print(f"step {row['done']:5d}  held-out loss {row['validation']:.4f}")
-    elif row.get("event") in ("resumed", "saved", "shares", "drift mended", "previews left out"):
+        progress.console.print(f"step {row['done']:5d}  {measured_line(row)}")
+    elif "warning" in row:
+        progress.console.print(f"warning: {row['warning']}", style="yellow")
+    elif row.get("event") in _SHOWN:
         facts = "  ".join(f"{name} {value}" for name, value in row.items() if name != "event")
         progress.console.print(f"[dim]{row['event']}  {facts}[/dim]")
 
@@ -183,11 +191,14 @@ def show_result(result: dict[str, Any], folder: str) -> None:
     """The closing summary: what was made, where, and what to try next."""
     lines = Table.grid(padding=(0, 2))
     again = " (was finished already)" if result.get("already_done") else ""
-    lines.add_row("run", f"{result['name']}: {result['steps']} steps{again}")
+    early = f", {result['ended']}" if result["ended"].startswith("early") else ""
+    lines.add_row("run", f"{result['name']}: {result['steps']} steps{early}{again}")
     if result["validation_first"] is not None:
         first, last = result["validation_first"], result["validation_last"]
         change = (last - first) / first * 100
-        lines.add_row("held-out loss", f"{first:.4f} -> {last:.4f} ({change:+.0f} %)")
+        best, at = result["validation_best"], result["best_step"]
+        lowest = f"; lowest {best:.4f} at step {at}" if at not in (None, result["steps"]) else ""
+        lines.add_row("held-out loss", f"{first:.4f} -> {last:.4f} ({change:+.0f} %){lowest}")
     place = _short(folder)
     for word, file in result["files"].items():
         size = f" ({mib(result['adapter_bytes'])})" if word == "adapter" else ""

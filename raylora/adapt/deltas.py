@@ -20,6 +20,21 @@ def delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
     return flat_OI.reshape(up.shape[0], *down.shape[1:])
 
 
+def at_scale(pair: LowRank, scale: float) -> LowRank:
+    """The same ΔW with another scale, float64; what a file needs whose readers apply their own.
+
+    Where the halves have to grow, `up` does, and where they have to shrink, `down` does: `up` is
+    the smaller one after short training, and float16 has no digits to spare below 6e-5.
+    """
+    down, up, own = pair
+    if own == scale:
+        return down.double(), up.double(), scale
+    factor = own / scale
+    if abs(factor) < 1:
+        return down.double() * factor, up.double(), scale
+    return down.double(), up.double() * factor, scale
+
+
 def delta_norm(pairs: Sequence[LowRank]) -> float:
     """Frobenius norm of the sum of several low-rank ΔW of one layer.
 

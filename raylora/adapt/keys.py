@@ -18,6 +18,8 @@ from torch import nn
 from raylora.base.errors import WeightsError
 
 Half = Literal["down", "up"]
+Naming = Literal["kohya", "diffusers"]
+"""Whose names a LoRA file uses: `lora_unet_…`, or `unet.….lora_A.weight`."""
 
 _KOHYA_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 _PEFT_HALF: dict[Half, str] = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
@@ -40,6 +42,15 @@ def module_names(component: str, model: nn.Module) -> list[str]:
     ]
 
 
+def layers_by_file_name(component: str, model: nn.Module) -> dict[str, nn.Module]:
+    """A component's layers that an adapter can sit on, by the name that a LoRA file uses."""
+    return {
+        kohya_name(module_name(component, path)): layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+
+
 def find_module(components: Mapping[str, nn.Module], name: str) -> nn.Module:
     """The layer of that name in loaded components, with or without a `text_model.` level.
 
@@ -54,6 +65,15 @@ def find_module(components: Mapping[str, nn.Module], name: str) -> nn.Module:
     if layer is None:
         raise WeightsError(f"{name}: the base has no such layer. The LoRA is for another family.")
     return layer
+
+
+def layer_at(model: nn.Module, name: str) -> nn.Module:
+    """The layer of raylora's name in the model that its component is, whatever its levels."""
+    path = name.partition(".")[2]
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return model.get_submodule(path.removeprefix(_TEXT_LEVEL))
 
 
 def kohya_name(name: str) -> str:
@@ -91,6 +111,25 @@ def kohya_to_module(name: str, known_modules: Iterable[str]) -> str:
 def peft_key(name: str, half: Half) -> str:
     """The key of one half in a file of diffusers' own naming."""
     return name + _PEFT_HALF[half]
+
+
+def is_peft_key(key: str) -> bool:
+    """Whether it is half of a module in a file of diffusers' own naming."""
+    return key.partition(".")[0] in _KOHYA_PREFIX and key.endswith(tuple(_PEFT_HALF.values()))
+
+
+def component_of(name: str) -> str:
+    """Which model a layer is in, "unet" or "text_encoder", from either kind of name.
+
+    Raises:
+        WeightsError: neither, as in a file for SDXL or FLUX.
+    """
+    for component, prefix in _KOHYA_PREFIX.items():
+        if name.startswith((f"{component}.", prefix)):
+            return component
+    raise WeightsError(
+        f"{name}: no layer of Stable Diffusion 1.x or 2.x. The LoRA is for another family."
+    )
 
 
 def split_peft_key(key: str) -> tuple[str, Half]:

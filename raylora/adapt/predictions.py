@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from raylora.adapt.keys import find_module, kohya_to_module, module_names
 from raylora.adapt.lora_file import AdapterFile, read_adapter
+from raylora.adapt.merge import merge_lora
 from raylora.adapt.proof_worker import compare, read_with_diffusers
 from raylora.base.errors import ExportError, WeightsError
 from raylora.base.log import get_logger
@@ -82,7 +83,8 @@ def verify_predictions(file_path: str | Path, base_path: str | Path) -> Predicti
     _LOG.info("%d modules read alike; predicting with the base alone", len(modules))
     base = _predict(pipeline)
     _LOG.info("predicting with merged weights")
-    _merge(adapter, modules, components)
+    for word, model in components.items():
+        merge_lora(word, model, adapter, 1.0)
     merged = _predict(pipeline)
     del pipeline, components
 
@@ -167,16 +169,6 @@ def _compare_readers(path: Path, adapter: AdapterFile, modules: Mapping[str, str
     if problems := [*found.problems, *reading.problems]:
         raise ExportError(f"{path}: diffusers reads it otherwise; {'; '.join(problems)}")
     return found.worst
-
-
-def _merge(
-    adapter: AdapterFile, modules: Mapping[str, str], components: Mapping[str, nn.Module]
-) -> None:
-    for kohya, name in modules.items():
-        weight = find_module(components, name).weight
-        assert isinstance(weight, Tensor)
-        merged = weight.detach().double() + adapter.delta(kohya)
-        weight.data = merged.to(weight.dtype)
 
 
 @torch.no_grad()

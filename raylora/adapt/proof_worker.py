@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raylora.adapt.deltas import LowRank, delta_distance, delta_norm
+from raylora.adapt.deltas import LowRank, at_scale, delta_distance, delta_norm
 from raylora.adapt.keys import split_peft_key
 from raylora.adapt.safetensors_format import open_source, read_header, read_tensors
 from raylora.base.errors import ExportError
@@ -83,21 +83,22 @@ def read_with_diffusers(path: Path) -> Reading:
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
     try:
-        state, network_alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            str(path), use_safetensors=True, local_files_only=True
+        state, network_alphas, settings = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            str(path), use_safetensors=True, local_files_only=True, return_lora_metadata=True
         )
         halves: dict[str, dict[str, Tensor]] = {}
         for key, tensor in _as_peft(state).items():
             name, half = split_peft_key(key)
             halves.setdefault(name, {})[half] = tensor
+        loaded = _loaded_scales(halves, network_alphas or {}, settings)
         alphas = _file_alphas(network_alphas or {})
+        meant = {name: alphas[name] / len(halves[name]["down"]) for name in alphas}
+        if settings is not None:
+            meant = loaded
         modules = {
-            name: (held["down"], held["up"], alphas[name] / len(held["down"]))
-            if name in alphas
-            else (held["down"], held["up"], 1.0)
-            for name, held in halves.items()
+            name: (held["down"], held["up"], meant.get(name, 1.0)) for name, held in halves.items()
         }
-        return Reading(modules, _loaded_scales(halves, network_alphas or {}))
+        return Reading(modules, loaded)
     # The reader raises whatever its first surprised line raises; all of it means the same here.
     except Exception as error:
         said = " ".join(str(error).split())
@@ -111,7 +112,9 @@ def compare(read: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> Comp
     problems = []
     if missing := sorted(set(trained) - set(read)):
         problems.append(f"missing from the file: {_some(missing)}")
-    if extra := sorted(set(read) - set(trained)):
+    # A module that adds nothing may be there only so that diffusers sees the others.
+    more = sorted(set(read) - set(trained))
+    if extra := [name for name in more if delta_norm([read[name]])]:
         problems.append(f"in the file but never trained: {_some(extra)}")
     errors: dict[str, float] = {}
     wrong: list[str] = []
@@ -123,8 +126,11 @@ def compare(read: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> Comp
             continue
         distance, norm = delta_distance(read[name], trained[name]), delta_norm([trained[name]])
         errors[name] = distance / norm if norm else (math.inf if distance else 0.0)
+        # The file may have another alpha, and its halves are rounded as they are there.
+        scale = read[name][2]
+        stored = at_scale(trained[name], scale) if scale else trained[name]
         # "not <=", so that NaN is a fault too.
-        if not distance <= rounding_bound(trained[name], read[name][0].dtype):
+        if not distance <= rounding_bound(stored, read[name][0].dtype):
             wrong.append(name)
     wrong.sort(key=lambda name: -errors[name])
     if wrong:
@@ -186,13 +192,16 @@ def _file_alphas(network_alphas: Mapping[str, float]) -> dict[str, float]:
 
 
 def _loaded_scales(
-    halves: Mapping[str, Mapping[str, Tensor]], network_alphas: Mapping[str, float]
+    halves: Mapping[str, Mapping[str, Tensor]],
+    network_alphas: Mapping[str, float],
+    settings: Mapping[str, Any] | None,
 ) -> dict[str, float]:
     """alpha / rank of each module as `load_lora_weights` will set it.
 
     That is not always what the file says: where alphas differ between modules, diffusers 0.42 hands
     peft patterns that no attention layer matches, and those get the alpha most modules have. So
-    diffusers and peft are asked, not the file.
+    diffusers and peft are asked, not the file. `settings` are those that a file of diffusers' own
+    naming may bring.
     """
     from diffusers.utils import get_peft_kwargs
     from peft.utils.other import get_pattern_key
@@ -208,19 +217,23 @@ def _loaded_scales(
         ranks = {
             f"{path}.lora_B.weight": halves[name]["up"].shape[1] for name, path in paths.items()
         }
-        alphas = {
-            key.removeprefix(f"{component}."): alpha
-            for key, alpha in network_alphas.items()
-            if key.startswith(f"{component}.")
-        }
+        alphas = _of_component(network_alphas, component)
         if not paths:
             continue
-        config = get_peft_kwargs(ranks, alphas, dict.fromkeys(ranks), component == "unet")
+        if settings is None:
+            config = get_peft_kwargs(ranks, alphas, dict.fromkeys(ranks), component == "unet")
+        else:
+            config = {"alpha_pattern": {}, **_of_component(settings, component)}
         patterns = config["alpha_pattern"]
         for name, path in paths.items():
             alpha = patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"])
             scales[name] = alpha / ranks[f"{path}.lora_B.weight"]
     return scales
+
+
+def _of_component(words: Mapping[str, Any], component: str) -> dict[str, Any]:
+    start = f"{component}."
+    return {word.removeprefix(start): words[word] for word in words if word.startswith(start)}
 
 
 def _same_shape(first: LowRank, second: LowRank) -> bool:

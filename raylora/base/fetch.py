@@ -10,10 +10,13 @@ from raylora.base.errors import WeightsError
 from raylora.base.storage import open_storage
 
 
-def local_folder(url: str) -> Path:
+def local_folder(url: str, *, word: str = "family.weights") -> Path:
     """A local folder with the objects under `url`; a local one is taken as it is.
 
     Objects that are here already with the same size and tag are not fetched again.
+
+    Args:
+        word: the option that names it, for errors.
 
     Raises:
         WeightsError: nothing is there.
@@ -22,7 +25,7 @@ def local_folder(url: str) -> Path:
         folder = Path(url.removeprefix("file://")).expanduser().absolute()
         if not folder.is_dir():
             raise WeightsError(
-                f"family.weights: {folder} is not a folder. Give a folder in diffusers layout, "
+                f"{word}: {folder} is not a folder. Give a folder in diffusers layout, "
                 "local or s3://bucket/prefix."
             )
         return folder
@@ -30,7 +33,7 @@ def local_folder(url: str) -> Path:
     folder = cache_home() / "weights" / hashlib.sha256(storage.url.encode()).hexdigest()[:16]
     entries = storage.entries()
     if not entries:
-        raise WeightsError(f"family.weights: nothing is under {url}. Check bucket and prefix.")
+        raise WeightsError(f"{word}: nothing is under {url}. Check bucket and prefix.")
     for entry in entries:
         target = folder / entry.key
         mark = target.with_name(f".{target.name}.tag")

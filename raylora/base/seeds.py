@@ -19,6 +19,7 @@ Purpose = Literal[
     "timestep",
     "order",
     "validation",
+    "ruler",
     "preview",
     "variant",
     "picture",
@@ -26,6 +27,12 @@ Purpose = Literal[
     "caption dropout",
     "picture turn",
     "caption turn",
+    "dropout",
+    "noise offset",
+    "noise offset strength",
+    "noise pyramid",
+    "input noise",
+    "input noise strength",
     "test",
 ]
 

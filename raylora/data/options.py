@@ -64,7 +64,7 @@ class DataOptions(SetWords):
     encodes pictures and captions as they are shown, and draws them anew at each step."""
     cache_text: bool = True
     """Off: captions are encoded as they are shown, and drawn anew at each step; pictures are
-    cached all the same."""
+    cached all the same. Where the text encoder is trained (`network.train`) it is off by itself."""
     local_cache_gib: float = Field(2.0, gt=0)
     """Disk space on each machine for the parts of the cache in use, in GiB."""
 
@@ -128,6 +128,11 @@ class SetOptions(SetWords):
             raise ValueError(f"face_crop_aug_range {list(faces)}: the first is the lower one.")
         if self.alpha_mask and self.mask_folder:
             raise ValueError("alpha_mask and mask_folder: give one of them.")
+        if self.output_preservation and not self.is_reg:
+            raise ValueError(
+                "output_preservation is for regularisation images, and these are trained for what "
+                "they show. Set is_reg: true, or leave output_preservation out."
+            )
         try:
             _ = self.buckets  # a set of buckets that cannot be is refused here
         except OptionError as error:
@@ -173,7 +178,8 @@ class SetOptions(SetWords):
         plain: dict[str, Any] = {"plain": True}
         if folder is not None:
             plain |= {"folder": folder, "tars": False, "manifest": None, "is_reg": False}
-            plain |= {"repeats": 1, "group": 0, "mask_folder": None, "validation_split": 0.0}
+            plain |= {"output_preservation": False, "repeats": 1, "group": 0}
+            plain |= {"mask_folder": None, "validation_split": 0.0}
         return self.model_copy(update=plain)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,18 +19,44 @@ from raylora.data.encode import encode_captions, encode_pictures, is_finite
 from raylora.data.pixels.pictures import ImageFile, PictureSource
 from raylora.data.rows import Row
 from raylora.data.steps import SampleRef, StepPlan
-from raylora.data.variants import Chooser, Showing, draw_picture
+from raylora.data.variants import PLAIN, Chooser, Showing, draw_picture, draw_text
 
 Tensors = Mapping[str, NDArray[np.generic]]
+Tokens = Callable[[Sequence[str]], Mapping[str, NDArray[np.generic]]]
+"""Captions -> what a text encoder in training reads, each with B first."""
+
+PRESERVE = "preserve"
+"""(), 1 where the target is what the base alone predicts (`output_preservation`)."""
 
 # As the cache encodes captions, so that a caption has the same numbers both ways.
 _TEXT_BATCH = 16
 
 
-def measured_tensors(dataset: Dataset, rows: Sequence[Row]) -> list[Tensors]:
-    """The tensors of held-out rows, which count alike; all of a picture where it has no mask."""
+def measured_tensors(
+    dataset: Dataset, rows: Sequence[Row], tokens: Tokens | None = None
+) -> list[Tensors]:
+    """The tensors of held-out rows, which count alike; all of a picture where it has no mask.
+
+    Args:
+        tokens: given where the text encoder is trained, so that a cached caption would be old.
+    """
     weight = np.ones((), np.float32)
-    return [{**_with_mask(one), "weight": weight} for one in dataset.fetch(rows)]
+    if tokens is None:
+        return [{**_with_mask(one), "weight": weight} for one in dataset.fetch(rows)]
+    sets, seed = dataset.facts.sets, dataset.facts.data.variant_seed
+    captions = [
+        draw_text(sets[row.set], row.caption, row.number, seed=seed, variant=PLAIN) for row in rows
+    ]
+    texts = _split(tokens(captions), len(rows))
+    pictures = dataset.fetch_pictures([row.latents_key for row in rows])
+    return [
+        {**text, **_with_mask(picture), "weight": weight}
+        for picture, text in zip(pictures, texts, strict=True)
+    ]
+
+
+def _split(batch: Mapping[str, NDArray[np.generic]], count: int) -> list[Tensors]:
+    return [{name: array[i] for name, array in batch.items()} for i in range(count)]
 
 
 class Supply:
@@ -42,15 +68,26 @@ class Supply:
     Args:
         chooser: which variant a showing takes.
         encoder: of pictures or captions that are encoded as they are shown; None where none are.
+        tokens: given where the text encoder is trained: captions are then handed on as tokens.
     """
 
     def __init__(
-        self, dataset: Dataset, plan: StepPlan, chooser: Chooser, encoder: Encoder | None
+        self,
+        dataset: Dataset,
+        plan: StepPlan,
+        chooser: Chooser,
+        encoder: Encoder | None,
+        tokens: Tokens | None = None,
     ) -> None:
         self.dataset = dataset
         data, sets = dataset.facts.data, dataset.facts.sets
         self._pictures_live, self._texts_live = data.pictures_live, data.texts_live
-        assert encoder is not None or not self._texts_live
+        assert encoder is not None or tokens is not None or not self._texts_live
+        self._tokens = tokens
+        self._preserving = any(options.output_preservation for options in sets)
+        self._preserved = [
+            np.asarray(float(options.output_preservation), np.float32) for options in sets
+        ]
         self._plan, self._chooser, self._encoder = plan, chooser, encoder
         self._masked = any(options.masked for options in sets)
         self._weights = [
@@ -78,6 +115,7 @@ class Supply:
                 **text,
                 **(_with_mask(picture) if self._masked else picture),
                 "weight": self._weights[row.set],
+                **({PRESERVE: self._preserved[row.set]} if self._preserving else {}),
             }
             for picture, text, row in zip(pictures, texts, rows, strict=True)
         ]
@@ -133,6 +171,8 @@ class Supply:
         captions = [
             self._chooser.live_text(showing, row.set, row.caption) for row, showing in pairs
         ]
+        if self._tokens is not None:
+            return _split(self._tokens(captions), len(captions))
         found: list[Tensors] = []
         with self._lock:
             assert self._encoder is not None

@@ -2,40 +2,141 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from functools import partial
+from typing import Literal, Self
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from raylora.base.options import Options
+from raylora.base.options import Options, known_as
+from raylora.diffusion.by_timestep import ByTimestep
 from raylora.diffusion.process import Process
+from raylora.diffusion.weights import (
+    WeightOptions,
+    debiased_weight,
+    min_snr_weight,
+    noise_like_weight,
+    v_like_weight,
+)
 
 WEIGHING = ("mask", "weight")
 """What may come with a batch: (B, 1, H, W) in 0..1, where the loss counts; (B,), how much."""
 SampleLoss = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(prediction, target, timesteps, weighing) -> (B,) loss."""
-
-
-class WeightOptions(Options):
-    """How much each timestep counts."""
-
-    name: Literal["none", "min_snr"] = "none"
-    """none: every timestep alike. min_snr: nearly clean samples are capped (arXiv 2303.09556)."""
-    gamma: float = Field(5.0, gt=0)
-    """The cap of min_snr; smaller weighs timesteps more evenly."""
+_Errors = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(prediction, target, timesteps) -> (B, C, H, W)."""
 
 
 class LossOptions(Options):
     """What is minimised."""
 
-    name: Literal["l2", "l1"] = "l2"
-    """l2: mean squared error; l1: mean absolute error."""
+    name: Literal["l2", "l1", "huber", "smooth_l1"] = Field(
+        "l2",
+        json_schema_extra=known_as(
+            formula="l2: d^2; l1: |d|; huber: 2 c (sqrt(d^2 + c^2) - c); smooth_l1: "
+            "2 (sqrt(d^2 + c^2) - c), d = prediction - target",
+            source="huber, smooth_l1: Charbonnier et al. 1997, as scaled in sd-scripts",
+            sd_scripts="--loss_type",
+        ),
+    )
+    """l2: mean squared error; l1: mean absolute error. huber and smooth_l1 are squares up to about
+    `huber_c` and straight beyond, so that a few bad images or captions pull less; huber is of l2's
+    size where errors are small, smooth_l1 of l1's where they are large."""
+    huber_schedule: Literal["snr", "exponential", "constant"] = Field(
+        "snr",
+        json_schema_extra=known_as(
+            formula="constant: c = scale huber_c; exponential: c = scale huber_c^(t / T); snr: "
+            "c = (1 - huber_c) / (1 + sigma)^2 + huber_c, sigma = 1 / sqrt(SNR)",
+            sd_scripts="--huber_schedule",
+        ),
+    )
+    """How c of huber and smooth_l1 goes over the timesteps. snr and exponential: from nearly 1
+    where latents are nearly clean, so that details are learned as by l2, down to `huber_c` in pure
+    noise, where outliers do most harm. constant: `huber_c` everywhere."""
+    huber_c: float = Field(0.1, gt=0, json_schema_extra=known_as(sd_scripts="--huber_c"))
+    """Where squares end in pure noise; smaller is more robust to outliers, and learns slower."""
+    huber_scale: float = Field(1.0, gt=0, json_schema_extra=known_as(sd_scripts="--huber_scale"))
+    """Multiplies c of the constant and the exponential schedule."""
     weight: WeightOptions = WeightOptions()
     """Weight by timestep."""
-    mask: Literal["area", "plain"] = "area"
+    scale_v_pred_like_noise: bool = Field(
+        False,
+        json_schema_extra=known_as(
+            formula="loss min(SNR, 1000) / (min(SNR, 1000) + 1)",
+            sd_scripts="--scale_v_pred_loss_like_noise_pred",
+        ),
+    )
+    """For bases that predict v: weigh timesteps as an epsilon model's loss does."""
+    v_pred_like: float = Field(
+        0.0,
+        ge=0,
+        json_schema_extra=known_as(
+            formula="loss + w loss (SNR + 1) / SNR, SNR at most 1000",
+            sd_scripts="--v_pred_like_loss",
+        ),
+    )
+    """For bases that predict epsilon: add this share of the loss a v model would have, which lets
+    noisy samples count more."""
+    mask: Literal["area", "plain"] = Field(
+        "area",
+        json_schema_extra=known_as(
+            formula="area: sum(loss mask) / sum(mask); plain: mean(loss mask)",
+            sd_scripts="--masked_loss, alpha_mask (plain)",
+        ),
+    )
     """Where images have masks. area: the mean over what counts, so a small subject weighs as much
     as a large one. plain: the mean over the whole picture with zeros outside, as in sd-scripts."""
+
+    @model_validator(mode="after")
+    def _every_word_has_an_effect(self) -> Self:
+        curved = self.name in ("huber", "smooth_l1")
+        for word in ("huber_schedule", "huber_c", "huber_scale"):
+            value, default = getattr(self, word), LossOptions.model_fields[word].default
+            if value != default and not curved:
+                raise ValueError(
+                    f"{word} is {value}, which only huber and smooth_l1 use, and name is "
+                    f"{self.name}. Write name: huber, or leave {word} out."
+                )
+        if self.huber_scale != 1 and self.huber_schedule == "snr":
+            raise ValueError(
+                f"huber_scale is {self.huber_scale:g}, which the snr schedule does not use. Write "
+                "huber_schedule: constant or exponential, or leave huber_scale out."
+            )
+        return self
+
+
+def loss_problems(options: LossOptions, process: Process) -> list[str]:
+    """What of the loss cannot be for this base, one sentence each.
+
+    Args:
+        process: as it is trained (`noise.trained_process`).
+    """
+    found, v = [], process.prediction == "v_prediction"
+    if options.scale_v_pred_like_noise and not v:
+        found.append(
+            "loss.scale_v_pred_like_noise is for models that predict v, and this one predicts "
+            "epsilon. Leave it out, or set noise.prediction."
+        )
+    if options.v_pred_like and v:
+        found.append(
+            f"loss.v_pred_like is {options.v_pred_like:g}, which is for models that predict "
+            "epsilon, and this one predicts v. Leave it out."
+        )
+    endless = {
+        "loss.weight.name: debiased": options.weight.name == "debiased",
+        "loss.v_pred_like": options.v_pred_like > 0,
+    }
+    if not v and bool((process.alphas_cumprod == 0).any()):
+        found += [
+            f"{word}: its weight is infinite at the last timestep, where this base's schedule "
+            "leaves no signal. Leave it out."
+            for word, given in endless.items()
+            if given
+        ]
+    return found
 
 
 def l2(prediction: Tensor, target: Tensor) -> Tensor:
@@ -46,6 +147,52 @@ def l2(prediction: Tensor, target: Tensor) -> Tensor:
 def l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Absolute error, (B, C, H, W), in the dtype of the target."""
     return (prediction.to(target.dtype) - target).abs()
+
+
+def smooth_l1(prediction: Tensor, target: Tensor, c: Tensor) -> Tensor:
+    """2 (sqrt(d^2 + c^2) - c), (B, C, H, W), in the dtype of the target: d^2 / c, then 2 |d|.
+
+    Args:
+        prediction, target: (B, C, H, W).
+        c: (B,) above 0, where squares end.
+    """
+    squared, c = l2(prediction, target), c.to(target.dtype).view(-1, 1, 1, 1)
+    # The difference of two like numbers, written so that small errors keep their digits.
+    return 2 * squared / ((squared + c * c).sqrt() + c)
+
+
+def huber(prediction: Tensor, target: Tensor, c: Tensor) -> Tensor:
+    """2 c (sqrt(d^2 + c^2) - c), (B, C, H, W), in the dtype of the target: d^2, then 2 c |d|."""
+    return c.to(target.dtype).view(-1, 1, 1, 1) * smooth_l1(prediction, target, c)
+
+
+def huber_thresholds(options: LossOptions, process: Process) -> Tensor:
+    """Where squares end at each timestep, (steps,) float64."""
+    least, scale, steps = options.huber_c, options.huber_scale, process.steps
+    if options.huber_schedule == "constant":
+        return torch.full((steps,), scale * least, dtype=torch.float64)
+    if options.huber_schedule == "exponential":
+        share = torch.arange(steps, dtype=torch.float64) / steps
+        return scale * (share * math.log(least)).exp()
+    alphas = process.alphas_cumprod
+    # 1 / (1 + sigma), sigma = sqrt((1 - alpha) / alpha), which is infinite without signal
+    signal = alphas.sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
+    return (1 - least) * signal.square() + least
+
+
+def timestep_weights(options: LossOptions, process: Process) -> Tensor | None:
+    """What each timestep's loss is multiplied by, (steps,) float64; None where by nothing."""
+    snr, kind, weight = process.snr_by_timestep, process.prediction, options.weight
+    found = []
+    if weight.name == "min_snr":
+        found.append(min_snr_weight(snr, gamma=weight.gamma, prediction=kind))
+    if options.scale_v_pred_like_noise:
+        found.append(noise_like_weight(snr))
+    if options.v_pred_like:
+        found.append(v_like_weight(snr, share=options.v_pred_like))
+    if weight.name == "debiased":
+        found.append(debiased_weight(snr, prediction=kind))
+    return math.prod(found[1:], start=found[0]) if found else None
 
 
 def sample_mean(error: Tensor) -> Tensor:
@@ -68,50 +215,52 @@ def masked_mean(error: Tensor, mask: Tensor, *, by_area: bool) -> Tensor:
     return mean / area.where(area > 0, 1)
 
 
-def min_snr_weight(snr: Tensor, *, gamma: float, prediction: str) -> Tensor:
-    """Cap each sample's pull at `gamma`, so that nearly clean samples stop dominating.
-
-    Args:
-        snr: (B,), signal-to-noise ratio at each sample's timestep, not in decibels.
-        gamma: the cap; 5.0 in the paper.
-        prediction: "epsilon" divides by snr, "v_prediction" by snr + 1, since their errors
-            scale so.
-
-    Returns:
-        (B,) in [0, 1].
-
-    Source: Hang et al. 2023, arXiv 2303.09556.
-    """
-    capped = snr.clamp(max=gamma)
-    return capped / (snr + 1 if prediction == "v_prediction" else snr)
-
-
 def make_loss(
     options: LossOptions, process: Process, *, masked: bool = False, weighed: bool = False
 ) -> SampleLoss:
     """Choose the loss once, so that the step only calls it.
 
+    The order is that of sd-scripts: errors, mask, mean, the sample's weight, the timestep's.
+
     Args:
+        process: as it is trained (`noise.trained_process`).
         masked: batches come with `mask`.
         weighed: batches come with `weight`.
     """
-    error = {"l2": l2, "l1": l1}[options.name]
-    by_area, gamma, kind = options.mask == "area", options.weight.gamma, process.prediction
-    by_snr = options.weight.name == "min_snr"
+    errors_of, by_area = _make_errors(options, process), options.mask == "area"
+    weights = timestep_weights(options, process)
+    by_timestep = None if weights is None else ByTimestep(weights)
 
     def loss(
         prediction: Tensor, target: Tensor, timesteps: Tensor, weighing: Mapping[str, Tensor]
     ) -> Tensor:
-        errors = error(prediction, target)
+        errors = errors_of(prediction, target, timesteps)
         if masked:
             found = masked_mean(errors, weighing["mask"], by_area=by_area)
         else:
             found = sample_mean(errors)
         if weighed:
             found = found * weighing["weight"]
-        if by_snr:
-            weight = min_snr_weight(process.snr(timesteps), gamma=gamma, prediction=kind)
-            found = found * weight.to(target.dtype)
+        if by_timestep is not None:
+            found = found * by_timestep.at(timesteps).to(target.dtype)
         return found
 
     return loss
+
+
+def _make_errors(options: LossOptions, process: Process) -> _Errors:
+    plain = {"l2": l2, "l1": l1}.get(options.name)
+    if plain is not None:
+        return lambda prediction, target, _: plain(prediction, target)
+    curved = {"huber": huber, "smooth_l1": smooth_l1}[options.name]
+    return partial(_curved_errors, curved, ByTimestep(huber_thresholds(options, process)))
+
+
+def _curved_errors(
+    curved: Callable[[Tensor, Tensor, Tensor], Tensor],
+    thresholds: ByTimestep,
+    prediction: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+) -> Tensor:
+    return curved(prediction, target, thresholds.at(timesteps))

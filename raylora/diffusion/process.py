@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
+
+from raylora.diffusion.by_timestep import ByTimestep
 
 Prediction = Literal["epsilon", "v_prediction"]
 
@@ -42,10 +45,23 @@ class Process:
         return signal * noise - sigma * latents
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        """Signal-to-noise ratio alpha / (1 - alpha), (B,) float64, not in decibels."""
-        alphas = self.alphas_cumprod.to(timesteps.device)[timesteps]
-        return alphas / (1.0 - alphas)
+        """Signal-to-noise ratio, (B,) float64, not in decibels."""
+        return self._snr.at(timesteps)
+
+    @property
+    def snr_by_timestep(self) -> Tensor:
+        """Signal-to-noise ratio alpha / (1 - alpha) of every timestep, (steps,) float64."""
+        return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
 
     def _scales(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        alphas = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-        return alphas.sqrt().to(like.dtype), (1.0 - alphas).sqrt().to(like.dtype)
+        signal, sigma = (table.at(timesteps).view(-1, 1, 1, 1) for table in self._shares)
+        return signal.to(like.dtype), sigma.to(like.dtype)
+
+    @cached_property
+    def _snr(self) -> ByTimestep:
+        return ByTimestep(self.snr_by_timestep)
+
+    @cached_property
+    def _shares(self) -> tuple[ByTimestep, ByTimestep]:
+        alphas = self.alphas_cumprod
+        return ByTimestep(alphas.sqrt()), ByTimestep((1.0 - alphas).sqrt())

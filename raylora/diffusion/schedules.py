@@ -36,3 +36,24 @@ def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> Tensor:
             "linear."
         )
     return torch.cumprod(1.0 - betas, dim=0)
+
+
+def rescaled_zero_terminal(alphas_cumprod: Tensor) -> Tensor:
+    """The same schedule stretched so that nothing of the signal is left at the last timestep.
+
+    A model whose last timestep still shows a little of the picture learns to take the picture's
+    mean brightness from it; a sampler starts from pure noise, where there is none.
+
+    Args:
+        alphas_cumprod: (steps,) float64, falling.
+
+    Returns:
+        (steps,) float64; the first is kept, the last is 0. Stretched are the square roots.
+
+    Source: Lin et al. 2023, arXiv 2305.08891, algorithm 1.
+    """
+    signal = alphas_cumprod.sqrt()
+    first, last = signal[0], signal[-1]
+    rescaled = ((signal - last) * (first / (first - last))).square()
+    rescaled[0] = alphas_cumprod[0]
+    return rescaled

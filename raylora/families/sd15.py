@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,11 +21,11 @@ from raylora.base.errors import WeightsError
 from raylora.base.fingerprint import file_fingerprint
 from raylora.base.site import Site
 from raylora.diffusion.attention import attention
-from raylora.diffusion.clip_text import caption_tokens, chunk_captions, encode_chunks
+from raylora.diffusion.clip_text import Chunks, caption_tokens, chunk_captions, encode_chunks
 from raylora.diffusion.halving import in_halves
 from raylora.diffusion.process import Prediction, Process
 from raylora.diffusion.schedules import alphas_cumprod
-from raylora.families import Family, FamilyOptions, Renderer
+from raylora.families import Family, FamilyOptions, Models, Renderer, site_of
 
 MaxTokens = Literal[75, 150, 225]
 _FLOAT32_BYTES = 4
@@ -55,8 +56,9 @@ class Sd15(Family):
 
     def __init__(self, folder: Path, options: Sd15Options) -> None:
         self.folder = folder
-        unet = self._config("unet", "UNet2DConditionModel")
-        vae = self._config("vae", "AutoencoderKL")
+        self._vae_folder = Path(options.vae) if options.vae else folder / "vae"
+        unet = _config(folder / "unet", "UNet2DConditionModel")
+        vae = _config(self._vae_folder, "AutoencoderKL")
         text = _read_json(folder / "text_encoder" / "config.json")
         scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
         if unet.get("addition_embed_type"):
@@ -97,32 +99,32 @@ class Sd15(Family):
     def load_denoiser(self, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The UNet, built empty and filled from the memory-mapped file."""
         from diffusers.models.attention_processor import Attention
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
         from safetensors.torch import load_file
 
-        with torch.device("meta"):
-            unet: nn.Module = UNet2DConditionModel.from_config(_known(self.folder / "unet"))
+        unet = self._empty_unet()
         weights = load_file(_weights_file(self.folder / "unet", "diffusion_pytorch_model"))
         held = {name: tensor.to(dtype=dtype, device=device) for name, tensor in weights.items()}
         unet.load_state_dict(held, assign=True)
         for layer in unet.modules():
             if isinstance(layer, Attention):
                 layer.forward = partial(_attend, layer)
+        self.alter("unet", unet)
         return unet.requires_grad_(False).eval()
 
     def fingerprint(self) -> str:
-        """Of the UNet's file, wherever it lies."""
-        return file_fingerprint(_weights_file(self.folder / "unet", "diffusion_pytorch_model"))
+        """Of the UNet's file, wherever it lies, and of what is merged into it."""
+        file = file_fingerprint(_weights_file(self.folder / "unet", "diffusion_pytorch_model"))
+        return " ".join([file, *(f"{part} {name}" for part, name in sorted(self.altered.items()))])
 
     def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Names the VAE and the text encoder by the bytes of their files."""
-        vae = _weights_file(self.folder / "vae", "diffusion_pytorch_model")
+        vae = _weights_file(self._vae_folder, "diffusion_pytorch_model")
         text = _weights_file(self.folder / "text_encoder", "model")
         tokenizer = self.folder / "tokenizer"
         latents_facts = {
             "family": "sd15",
             "vae": _file_hash(vae),
-            "vae_config": _file_hash(self.folder / "vae" / "config.json"),
+            "vae_config": _file_hash(self._vae_folder / "config.json"),
             "scaling": self._scaling,
             "pick": "mode",
             "dtype": "float32",
@@ -137,6 +139,8 @@ class Sd15(Family):
             "weighted_captions": self._options.weighted_captions,
             "dtype": "float32",
         }
+        if "text_encoder" in self.altered:
+            text_facts["merged"] = self.altered["text_encoder"]
         return latents_facts, text_facts
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
@@ -156,21 +160,75 @@ class Sd15(Family):
         parts = self._parts(torch.float32, device)
         return _Sd15Encoder(parts, self._options, *self.encoder_facts())
 
-    def sites(self, denoiser: nn.Module, layers: str) -> list[Site]:
-        """Linears and 1x1 convolutions inside the transformer blocks, as sd-scripts chooses."""
+    def skeletons(self) -> tuple[nn.Module, Models]:
+        """Both from their configs."""
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        config = CLIPTextConfig.from_pretrained(self.folder / "text_encoder")
+        with torch.device("meta"):
+            text = CLIPTextModel(config)
+        return self._empty_unet(), {"text_encoder": text}
+
+    def _empty_unet(self) -> nn.Module:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        with torch.device("meta"):
+            unet: nn.Module = UNet2DConditionModel.from_config(_known(self.folder / "unet"))
+        return unet
+
+    def load_text_encoders(self, *, dtype: torch.dtype, device: torch.device) -> Models:
+        """CLIP alone."""
+        return {"text_encoder": self._load_text_encoder(dtype, device)}
+
+    def tokens(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """`ids` and `weights`, (B, N, 77) each."""
+        chunks = _chunks(self._tokenizer, self._options, captions)
+        return {"ids": chunks.ids_BNT.numpy(), "weights": chunks.weights_BNT.numpy()}
+
+    def read_tokens(self, text_encoders: Models, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`text` (B, T, D) in CLIP's dtype."""
+        chunks = Chunks(tokens["ids"], tokens["weights"])
+        skip = self._options.clip_skip
+        return {"text": encode_chunks(text_encoders["text_encoder"], chunks, clip_skip=skip)}
+
+    def sites(self, denoiser: nn.Module, layers: str, *, convolutions: bool = False) -> list[Site]:
+        """Linears and 1x1 convolutions inside the transformer blocks, as sd-scripts chooses.
+
+        With `convolutions` also all of the residual blocks and the samplers.
+        """
+        from diffusers.models.downsampling import Downsample2D
+        from diffusers.models.resnet import ResnetBlock2D
         from diffusers.models.transformers.transformer_2d import Transformer2DModel
+        from diffusers.models.upsampling import Upsample2D
 
         found = []
-        blocks = [n for n, m in denoiser.named_modules() if isinstance(m, Transformer2DModel)]
-        for block in blocks:
-            for name, module in denoiser.get_submodule(block).named_modules():
+        wanted: tuple[type[nn.Module], ...] = (Transformer2DModel,)
+        if convolutions:
+            wanted = (*wanted, ResnetBlock2D, Downsample2D, Upsample2D)
+        for block, model in denoiser.named_modules():
+            if not isinstance(model, wanted):
+                continue
+            for name, module in model.named_modules():
                 path = f"{self.component}.{block}.{name}"
-                if layers == "attention" and ".attn" not in path:
+                inner = isinstance(model, Transformer2DModel)
+                if inner and layers == "attention" and ".attn" not in path:
                     continue
-                if isinstance(module, nn.Linear):
-                    found.append(Site(path, "linear", module.in_features, module.out_features))
-                elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
-                    found.append(Site(path, "conv", module.in_channels, module.out_channels))
+                site = site_of(path, module, block=_block_index(block))
+                if site is not None and not (inner and site.kernel != (1, 1)):
+                    found.append(site)
+        return found
+
+    def text_sites(self, text_encoders: Models, layers: str) -> list[Site]:
+        """Linears of CLIP's layers; its attention only, where `layers` says so."""
+        encoder = text_encoders["text_encoder"]
+        found = []
+        for path, module in encoder.named_modules():
+            if ".layers." not in f".{path}" or (layers == "attention" and ".mlp" in path):
+                continue
+            # Older transformers have the level; names have it always.
+            path = f"text_encoder.text_model.{path.removeprefix('text_model.')}"
+            site = site_of(path, module)
+            found += [site] if site else []
         return found
 
     def predict(
@@ -184,10 +242,10 @@ class Sd15(Family):
         prediction: Tensor = denoiser(noisy, timesteps, conditions["text"], return_dict=False)[0]
         return prediction
 
-    def load_renderer(self, denoiser: nn.Module) -> Renderer:
+    def load_renderer(self, denoiser: nn.Module, text_encoders: Models | None = None) -> Renderer:
         """The diffusers pipeline around this denoiser, in its dtype and on its device."""
         weight = next(denoiser.parameters())
-        parts = self._parts(weight.dtype, weight.device)
+        parts = self._parts(weight.dtype, weight.device, text_encoders)
         return _Sd15Renderer(parts, self._options, denoiser, self.folder)
 
     @cached_property
@@ -196,24 +254,24 @@ class Sd15(Family):
 
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
 
-    def _config(self, part: str, wanted: str) -> dict[str, Any]:
-        config = _read_json(self.folder / part / "config.json")
-        if config.get("_class_name") != wanted:
-            raise WeightsError(
-                f"{self.folder}/{part}/config.json is a {config.get('_class_name')}, "
-                f"sd15 needs a {wanted}. Choose the family that fits the weights."
-            )
-        return config
-
-    def _parts(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    def _load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         from transformers import CLIPTextModel
 
-        vae = AutoencoderKL.from_pretrained(self.folder / "vae", torch_dtype=dtype)
         text = CLIPTextModel.from_pretrained(self.folder / "text_encoder", dtype=dtype)
+        self.alter("text_encoder", text)
+        loaded: nn.Module = text.to(device).requires_grad_(False).eval()
+        return loaded
+
+    def _parts(
+        self, dtype: torch.dtype, device: torch.device, text_encoders: Models | None = None
+    ) -> dict[str, Any]:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(self._vae_folder, torch_dtype=dtype)
+        held = text_encoders or self.load_text_encoders(dtype=dtype, device=device)
         return {
             "vae": vae.to(device).requires_grad_(False).eval(),
-            "text_encoder": text.to(device).requires_grad_(False).eval(),
+            "text_encoder": held["text_encoder"],
             "tokenizer": self._tokenizer,
         }
 
@@ -231,16 +289,30 @@ def _attend(
     return projected
 
 
+def _block_index(path: str) -> int | None:
+    """sd-scripts' count of a UNet's blocks: 1-11 on the way down, 12, 13-24 on the way up."""
+    found = re.match(
+        r"(down|mid|up)_block(?:s\.(\d+)\.(attentions|resnets|\w+samplers)\.(\d+))?", path
+    )
+    if found is None:
+        return None
+    if found[1] == "mid":
+        return 12
+    within = 2 if found[3].endswith("samplers") else int(found[4])
+    return (1 if found[1] == "down" else 13) + 3 * int(found[2]) + within
+
+
+def _chunks(tokenizer: Any, options: Sd15Options, captions: Sequence[str]) -> Chunks:
+    return chunk_captions(
+        tokenizer, captions, max_tokens=options.max_tokens, weighted=options.weighted_captions
+    )
+
+
 def _encode_captions(
     parts: dict[str, Any], options: Sd15Options, captions: Sequence[str]
 ) -> Tensor:
     """(B, T, D): what the UNet sees of texts, the same for captions and for prompts."""
-    chunks = chunk_captions(
-        parts["tokenizer"],
-        captions,
-        max_tokens=options.max_tokens,
-        weighted=options.weighted_captions,
-    )
+    chunks = _chunks(parts["tokenizer"], options, captions)
     return encode_chunks(parts["text_encoder"], chunks, clip_skip=options.clip_skip)
 
 
@@ -337,6 +409,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise WeightsError(f"{path} is not JSON ({error}). Fetch the file again.") from None
     return found
+
+
+def _config(folder: Path, wanted: str) -> dict[str, Any]:
+    config = _read_json(folder / "config.json")
+    if config.get("_class_name") != wanted:
+        raise WeightsError(
+            f"{folder}/config.json is a {config.get('_class_name')}, sd15 needs a {wanted}. Choose "
+            "the family that fits the weights."
+        )
+    return config
 
 
 def _known(folder: Path) -> dict[str, Any]:

@@ -126,9 +126,7 @@ class NetworkOptions(Options):
     )
     """A LoRA file to start from, local or s3://; its alpha is honoured. Layers that it leaves out
     start fresh."""
-    initial_ranks: bool = Field(
-        False, json_schema_extra=known_as(sd_scripts="--dim_from_weights")
-    )
+    initial_ranks: bool = Field(False, json_schema_extra=known_as(sd_scripts="--dim_from_weights"))
     """Take ranks, alphas and the choice of layers from `initial`, instead of from this job."""
 
     convolutions: ClassVar[bool] = False

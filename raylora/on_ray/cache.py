@@ -16,13 +16,14 @@ from typing import Any
 import ray
 import torch
 
-from raylora.assemble import Datasets, image_batch, load_datasets, open_family, pick_device
+from raylora.assemble import Datasets, image_batch, load_datasets, pick_device
 from raylora.base.encoder import Encoder
 from raylora.base.log import get_logger, start_logging
 from raylora.check import Checked
 from raylora.data.dataset import run_item
 from raylora.data.plan import PlanFacts, WorkItem
 from raylora.job import Job, job_from
+from raylora.models import open_family
 from raylora.on_ray.resources import stand_in
 
 log = get_logger("cache")

@@ -11,12 +11,13 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raylora.assemble import Datasets, finish, make_run, open_family, open_store
+from raylora.assemble import Datasets, finish, make_run, open_store
 from raylora.base.errors import RayloraError, TrainingError, UserError
 from raylora.base.log import start_logging
 from raylora.check import Checked
 from raylora.job import Job, job_from
 from raylora.local import begin, refuse_stopped
+from raylora.models import open_family
 from raylora.on_ray.cache import prepare_on_ray
 from raylora.on_ray.progress import Progress
 from raylora.on_ray.resources import selectors, stand_in

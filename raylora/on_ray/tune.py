@@ -20,7 +20,7 @@ from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler
 
-from raylora.assemble import Datasets, claim, size_problems
+from raylora.assemble import Datasets, base_problems, claim
 from raylora.base.errors import JobError, RayloraError, TrainingError, UserError
 from raylora.base.log import get_logger
 from raylora.campaign import (
@@ -131,7 +131,7 @@ def _check(campaign: Campaign) -> list[tuple[Checked, list[Trial]]]:
             problems += error.problems
             continue
         for trial in trials[1:]:
-            problems += size_problems(trial.job, checked.family)
+            problems += base_problems(trial.job, checked.family)
         found.append((checked, trials))
     if problems:
         raise JobError(list(dict.fromkeys(problems)))

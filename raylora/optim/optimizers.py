@@ -1,42 +1,132 @@
-"""Optimizers by name. They see one flat parameter, so a step is a handful of operations."""
+"""Optimizers, made from their options."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from typing import Any, TypedDict
 
 import torch
-from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
-from raylora.base.options import Options
+from raylora.base.errors import OptionError
+from raylora.optim.foreign import argument_problem
+from raylora.optim.kinds import load_optimizer
+from raylora.optim.options import OptimizerOptions, taken_words
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerOptions(Options):
-    """How the adapter is moved."""
-
-    name: Literal["adamw"] = "adamw"
-    """adamw: Adam with decoupled weight decay."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Peak rate, at strength alpha / rank = 1; 1e-4 is usual for SD 1.5."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Memory of the mean and of the variance of the gradient."""
-    eps: float = Field(1e-8, gt=0)
-    """Keeps the division finite where gradients vanish."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Pull of every weight to zero, times the rate."""
-    max_grad_norm: float = Field(1.0, ge=0)
-    """The gradient of a whole global step is shortened to this length; 0 leaves it as it is."""
+__all__ = [
+    "OptimizerOptions",
+    "TensorGroup",
+    "make_optimizer",
+    "optimizer_problem",
+    "optimizer_warning",
+    "sets_rate",
+    "wants_shapes",
+]
 
 
-def make_optimizer(options: OptimizerOptions, values: nn.Parameter) -> torch.optim.Optimizer:
-    """The optimizer over the adapter's flat buffer."""
-    return torch.optim.AdamW(
-        [values],
-        lr=options.learning_rate,
-        betas=options.betas,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        fused=True,  # one pass over the buffer: on a CPU a tenth of the time for a large adapter
-    )
+class TensorGroup(TypedDict):
+    """What one group of the optimizer moves.
+
+    Attributes:
+        params: leaves, their gradients in `.grad`.
+        rate: peak rate; its sign is the caller's business.
+        name: of the group.
+    """
+
+    params: Sequence[Tensor]
+    rate: float
+    name: str
+
+
+def wants_shapes(options: OptimizerOptions) -> bool:
+    """Whether it must be given each layer's tensors; else one flat tensor a group is faster."""
+    return options.kind.shapes
+
+
+def sets_rate(options: OptimizerOptions) -> bool:
+    """Whether raylora sets `lr` on every step; else the optimizer's own must be left alone."""
+    return not options.own_rate
+
+
+def make_optimizer(
+    options: OptimizerOptions, groups: Sequence[TensorGroup]
+) -> torch.optim.Optimizer:
+    """The optimizer over groups of tensors, each with its rate.
+
+    Raises:
+        OptionError: its package is not installed, or its class refuses an argument.
+    """
+    cls = load_optimizer(options.kind)
+    problem = argument_problem(cls, options.args, taken_words(options), "optimizer.args")
+    if problem:
+        raise OptionError(problem)
+    rates: dict[str, Any] = {"lr": abs(options.rate)} if sets_rate(options) else {}
+    held: list[dict[str, Any]] = [
+        {
+            "params": list(group["params"]),
+            "name": group["name"],
+            **({"lr": abs(group["rate"])} if rates else {}),
+        }
+        for group in groups
+    ]
+    made = _made(options, cls, held, rates)
+    if options.schedule_free:
+        made.train()  # type: ignore[attr-defined]
+    return made
+
+
+def _made(
+    options: OptimizerOptions,
+    cls: type[torch.optim.Optimizer],
+    groups: list[dict[str, Any]],
+    rates: dict[str, Any],
+) -> torch.optim.Optimizer:
+    try:
+        with redirect_stdout(io.StringIO()):  # some print their options
+            return cls(groups, **rates, **options.arguments)
+    # Classes refuse values in any of these ways, and the values are the job's.
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        told = " ".join(str(error).split()) or "without saying why"
+        raise OptionError(
+            f"optimizer.name is {options.name}, whose class refuses what it is given "
+            f"({options.spelled}): {told}"
+        ) from error
+
+
+def optimizer_problem(options: OptimizerOptions, device_type: str) -> str | None:
+    """Why this optimizer cannot train on a device of that type ("cpu", "cuda"); None if it can."""
+    kind = options.kind
+    package = kind.target.partition(":")[0].partition(".")[0]
+    if find_spec(package) is None:
+        return (
+            f"optimizer.name is {options.name}, which needs the package {package}. "
+            f'pip install "raylora[{kind.extra}]", or choose optimizer.name: adamw.'
+        )
+    if kind.paged and device_type != "cuda":
+        return (
+            f"optimizer.name is {options.name}, which moves its state between the GPU's and the "
+            f"host's memory; on {device_type} there is nothing to move. Choose "
+            f"{options.name.removeprefix('paged_').replace('adamw32bit', 'adamw')}."
+        )
+    try:
+        make_optimizer(
+            options,
+            # Two axes, since some move matrices only.
+            [{"params": [nn.Parameter(torch.zeros(2, 2))], "rate": options.rate, "name": "one"}],
+        )
+    except OptionError as error:
+        return str(error)
+    return None
+
+
+def optimizer_warning(options: OptimizerOptions) -> str | None:
+    """What is allowed and seldom meant; None if there is nothing."""
+    if options.estimates_rate and options.rate <= 0.1:
+        return (
+            f"optimizer.learning_rate is {options.rate:g}, and {options.name} multiplies it with "
+            "the rate that it estimates; 1 is usual."
+        )
+    return None

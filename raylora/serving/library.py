@@ -10,15 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
-from torch import Tensor
 
 from raylora.adapt.attach import Adapter
+from raylora.adapt.initial import weights_of
 from raylora.adapt.keys import kohya_name, kohya_to_module
-from raylora.adapt.lora_file import DOWN, UP, AdapterModule, read_adapter
+from raylora.adapt.lora_file import read_adapter
 from raylora.base.errors import MissingObject, WeightsError
 from raylora.base.site import Site
 from raylora.base.storage import Storage, is_key
@@ -123,7 +121,7 @@ def adapter_on(
     """The adapter of a LoRA file, with the file's own rank and alpha at every layer.
 
     Args:
-        sites: of the denoiser that will carry it; those that the file leaves out stay bare.
+        sites: of the models that will carry it; those that the file leaves out stay bare.
 
     Raises:
         WeightsError: not a LoRA file, or one for another base.
@@ -133,14 +131,10 @@ def adapter_on(
     for name in modules:
         if name not in names:
             kohya_to_module(name, names.values())
-    adapted = [site for site in sites if kohya_name(site.name) in modules]
-    initial: dict[str, dict[str, NDArray[np.float64]]] = {}
-    scales: dict[str, float] = {}
-    for site in adapted:
-        module = modules[kohya_name(site.name)]
-        initial[site.name] = _halves(module, site)
-        scales[site.name] = module.alpha / module.rank
-    return Adapter(get_network("lora"), adapted, initial, scales, dtype=dtype, device=device)
+    held = weights_of(modules, sites)
+    return Adapter(
+        get_network("lora"), held.sites, held.weights, held.scales, dtype=dtype, device=device
+    )
 
 
 class Recent(Generic[V]):
@@ -161,22 +155,6 @@ class Recent(Generic[V]):
             self._held[key] = make()
         self._held.move_to_end(key)
         return self._held[key]
-
-
-def _halves(module: AdapterModule, site: Site) -> dict[str, NDArray[np.float64]]:
-    down_RI, up_OR = (_flat(module.tensors[part]) for part in (DOWN, UP))
-    inputs, outputs = down_RI.shape[1], up_OR.shape[0]
-    if (inputs, outputs) != (site.inputs, site.outputs):
-        raise WeightsError(
-            f"{module.name}: the file's layer goes from {inputs} to {outputs} channels, the base's "
-            f"from {site.inputs} to {site.outputs}. The LoRA is for another base."
-        )
-    return {"down": down_RI, "up": up_OR}
-
-
-def _flat(tensor: Tensor) -> NDArray[np.float64]:
-    """A linear layer's half, or a 1x1 convolution's without its 1x1; float64 holds any dtype."""
-    return np.asarray(tensor.double().flatten(1).numpy(), dtype=np.float64)
 
 
 def _folder(run: str, step: int) -> str:

@@ -27,7 +27,7 @@ from raylora.base.storage import Storage
 
 log = get_logger("save")
 
-FORMAT = 1
+FORMAT = 2
 """Of `state.json` and what is beside it; raised when an older raylora could not go on from it."""
 CONTENT = {
     "dataset": "the images or captions are not those",
@@ -48,39 +48,14 @@ class State:
 
     Attributes:
         step: global steps done.
-        tensors: `values`, and the optimizer's tensors as `optimizer/<name>`.
+        tensors: `values`, their average as `ema`, the optimizer's as `optimizer/<name>`.
         facts: what is not a tensor: fingerprints of `CONTENT`, the shares, whether the step was
-            looked at.
+            looked at, the optimizer's numbers.
     """
 
     step: int
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state of the flat parameter, by name; numbers become 0-d float64."""
-    states = optimizer.state_dict()["state"]
-    return {
-        f"optimizer/{name}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for name, value in states.get(0, {}).items()
-    }
-
-
-def restore(
-    values: Tensor, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
-    """Put saved values and optimizer state back, bit for bit."""
-    with torch.no_grad():
-        values.copy_(tensors["values"])
-    held = {
-        name.removeprefix("optimizer/"): tensor.clone()
-        for name, tensor in tensors.items()
-        if name.startswith("optimizer/")
-    }
-    if held:
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": {0: held}, "param_groups": groups})
 
 
 def write_checkpoint(storage: Storage, state: State, adapter_file: bytes) -> None:
@@ -143,17 +118,33 @@ def read_checkpoint(storage: Storage, step: int) -> State:
             raise ValueError(f"{folder}/{name} does not match its manifest")
         objects[name] = data
     facts = json.loads(objects["state.json"])
-    if facts.pop("format") > FORMAT:
+    if (written := facts.pop("format")) != FORMAT:
+        age = "a newer" if written > FORMAT else "an older"
         raise TrainingError(
-            f"{storage.url}/{folder} was written by a newer raylora. Install that one to go on "
+            f"{storage.url}/{folder} was written by {age} raylora. Install that one to go on "
             "from it, or choose another `name`."
         )
     return State(int(facts.pop("step")), load_tensors(objects["state.safetensors"]), facts)
 
 
+def read_facts(storage: Storage, step: int) -> dict[str, Any]:
+    """What a checkpoint says of its run, without its tensors."""
+    facts: dict[str, Any] = json.loads(storage.read(f"{_folder(step)}/state.json"))
+    return facts
+
+
 def prune(storage: Storage, keep_last: int) -> None:
-    """Delete all but the newest checkpoints; the manifest first, so none is ever half there."""
-    for step in checkpoint_steps(storage)[:-keep_last]:
+    """Delete all but the newest checkpoints and those that the newest names in `keep`.
+
+    The manifest goes first, so none is ever half there.
+    """
+    steps = checkpoint_steps(storage)
+    if len(steps) <= keep_last:
+        return
+    spared = read_facts(storage, steps[-1]).get("keep", ())
+    for step in steps[:-keep_last]:
+        if step in spared:
+            continue
         folder = _folder(step)
         storage.delete(f"{folder}/manifest.json")
         for entry in storage.entries(folder):

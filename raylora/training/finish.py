@@ -8,11 +8,12 @@ from typing import Any
 
 from PIL import Image
 
+from raylora.base.segments import read_segments
 from raylora.base.storage import Storage
 from raylora.preview.options import PreviewOptions
 from raylora.review.curves import draw_curves
 from raylora.review.grid import draw_grid
-from raylora.training.checkpoint import checkpoint_steps
+from raylora.training.checkpoint import checkpoint_steps, read_facts
 from raylora.training.report import read_metrics
 from raylora.training.sample import sample_key
 
@@ -20,15 +21,23 @@ from raylora.training.sample import sample_key
 def finish_run(storage: Storage, *, name: str, preview: PreviewOptions) -> dict[str, Any]:
     """Write `<name>.safetensors`, `samples.png`, `curves.png` and, last, `result.json`.
 
+    Where the best checkpoint was kept and is not the last, `<name>-best.safetensors` too.
+
     Returns:
-        The content of result.json: steps, files, first and last held-out loss.
+        The content of result.json: steps, how it ended, files, first, last and lowest held-out
+        loss.
     """
     steps = checkpoint_steps(storage)[-1]
-    adapter = storage.read(f"checkpoints/{steps:06d}/adapter.safetensors")
-    storage.write(f"{name}.safetensors", adapter)
+    facts = read_facts(storage, steps)
+    best = facts["judge"]["best"]
+    files = {"adapter": f"{name}.safetensors"}
+    adapter = _copy_adapter(storage, steps, files["adapter"])
+    if best["step"] in facts["keep"] and best["step"] != steps:
+        files["best"] = f"{name}-best.safetensors"
+        _copy_adapter(storage, best["step"], files["best"])
     rows = read_metrics(storage)
     storage.write("curves.png", draw_curves(rows, title=name))
-    files = {"adapter": f"{name}.safetensors", "curves": "curves.png"}
+    files["curves"] = "curves.png"
     grid = _sample_grid(storage, name=name, preview=preview)
     if grid is not None:
         storage.write("samples.png", grid)
@@ -37,13 +46,31 @@ def finish_run(storage: Storage, *, name: str, preview: PreviewOptions) -> dict[
     result = {
         "name": name,
         "steps": steps,
+        "ended": _how_it_ended(storage, steps, best["step"]),
         "files": files,
         "adapter_bytes": len(adapter),
         "validation_first": held_out[0] if held_out else None,
         "validation_last": held_out[-1] if held_out else None,
+        "validation_best": best["loss"],
+        "best_step": best["step"],
     }
     storage.write("result.json", json.dumps(result, indent=1).encode())
     return result
+
+
+def _copy_adapter(storage: Storage, step: int, name: str) -> bytes:
+    """Give the LoRA file of a checkpoint a name that people look for."""
+    adapter = storage.read(f"checkpoints/{step:06d}/adapter.safetensors")
+    storage.write(name, adapter)
+    return adapter
+
+
+def _how_it_ended(storage: Storage, steps: int, best_step: int | None) -> str:
+    early = any(
+        event["event"] == "early stop" and event["step"] == steps
+        for event in read_segments(storage, "events")
+    )
+    return f"early stop at step {steps}, best {best_step}" if early else "all steps"
 
 
 def _sample_grid(storage: Storage, *, name: str, preview: PreviewOptions) -> bytes | None:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,28 +15,20 @@ import torch
 from raylora.base.errors import TrainingError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage
-from raylora.training.checkpoint import changed, optimizer_tensors, read_newest, restore
+from raylora.training.checkpoint import changed, read_newest
+from raylora.training.course import Course as Course
+from raylora.training.course import is_due
+from raylora.training.judge import Judge
 from raylora.training.parts import Parts
 from raylora.training.report import Reporter
 from raylora.training.sample import Previews
 from raylora.training.save import Saver
 from raylora.training.shares import split
+from raylora.training.state import held_state, restore_state
 from raylora.training.step import StepResult, train_step
 from raylora.training.validate import Validation
 
 log = get_logger("train")
-
-
-@dataclass(frozen=True)
-class Course:
-    """When things happen, in global steps; None is never (but at the end)."""
-
-    total_steps: int
-    save_every: int | None
-    validate_every: int
-    preview_every: int
-    refit_every: int
-    checksum_every: int
 
 
 @dataclass
@@ -65,11 +58,16 @@ class Run:
             self.validation.dataset.close()
         if self.saver:
             self.saver.close()
+        if self.reporter:
+            self.reporter.close()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `steps` done, `stopped` when it was asked to leave before the end."""
+    """How a run ended: `steps` done, `stopped` when it was asked to leave before the end.
+
+    One that ended early, since its held-out loss got no better, did not stop: it is finished.
+    """
 
     steps: int
     stopped: bool
@@ -78,31 +76,29 @@ class Outcome:
 
 def run_training(run: Run) -> Outcome:
     """Train from the newest checkpoint, or from the start, to the end."""
-    parts, course = run.parts, run.course
-    done, looked = _resume(run)
+    parts, course, judge = run.parts, run.course, Judge(run.course)
+    done, looked = _resume(run, judge)
     parts.loader.last_step = course.total_steps
     stopped = False
     held_out: float | None = None
     with _stop_signal() as stop:
         if not looked:
-            held_out = _look(run, done)
-        while done < course.total_steps and not stopped:
+            held_out = _look(run, judge, done)
+        while done < course.total_steps and not stopped and not judge.over:
             result = train_step(parts, done, stop=stop.asked)
             _record(run, done, result)
             done += 1
             stopped = result.stop and done < course.total_steps
             _keep_fleet(run, done, result)
             if not stopped:
-                held_out = _look(run, done, before=held_out)
-            if stopped or done == course.total_steps or _due(done, course.save_every):
-                _save(run, done, looked=not stopped)
-    if run.reporter:
-        run.reporter.event("stopped" if stopped else "trained", step=done)
-        run.reporter.flush()
+                held_out = _look(run, judge, done, before=held_out)
+            if stopped or course.saves_at(done) or judge.saves_at(done):
+                _save(run, judge, done, looked=not stopped)
+    _tell_end(run, judge, done, stopped=stopped)
     return Outcome(done, stopped, held_out)
 
 
-def _resume(run: Run) -> tuple[int, bool]:
+def _resume(run: Run, judge: Judge) -> tuple[int, bool]:
     """Steps done, and whether what is looked at after them has been: one asked to stop does not."""
     state = read_newest(run.storage)
     newest = [row[0] for row in run.parts.group.gather([float(state.step if state else 0)])]
@@ -111,6 +107,9 @@ def _resume(run: Run) -> tuple[int, bool]:
             f"workers see different newest checkpoints ({newest}) in {run.storage.url}: the store "
             "must be one place for all of them. Use s3:// or a shared folder."
         )
+    done = state.step if state else 0
+    if run.reporter:
+        run.reporter.begin(done, steps_per_epoch=run.parts.loader.plan.steps_per_epoch)
     if state is None:
         run.parts.group.copy_from_first(run.parts.adapter.values.data)
         return 0, False
@@ -120,46 +119,59 @@ def _resume(run: Run) -> tuple[int, bool]:
                 f"{changed(word, state.step)} So it cannot go on as if it had not stopped. Undo "
                 "the change, or choose another `name`."
             )
-    restore(run.parts.adapter.values, run.parts.optimizer, state.tensors)
+    restore_state(run.parts, state)
+    judge.restore(state.facts["judge"])
     weights = state.facts["shares"]
     if not run.parts.shares.pinned and len(weights) == run.parts.group.size:
         run.parts.shares.weights = list(weights)
     if run.reporter:
-        run.reporter.event("resumed", step=state.step)
-    return state.step, bool(state.facts["looked"])
+        run.reporter.event("resumed", step=done)
+    return done, bool(state.facts["looked"])
 
 
 def _record(run: Run, step: int, result: StepResult) -> None:
     if run.reporter is None:
         return
-    parts = run.parts
+    samples = run.parts.loader.plan.samples(step)
     run.reporter.step(
         step,
         result,
-        learning_rate=parts.learning_rate * parts.factor(step),
-        samples=[f"{sample.number:016x}" for sample in parts.loader.plan.samples(step)],
-        shares=[float(count) for count in split(result.images, parts.shares.weights)],
+        samples=[f"{sample.number:016x}" for sample in samples],
+        shares=[float(count) for count in split(result.images, run.parts.shares.weights)],
+        keys=partial(_keys, run.parts, step),
     )
 
 
-def _look(run: Run, done: int, before: float | None = None) -> float | None:
+def _keys(parts: Parts, step: int) -> list[str]:
+    loader = parts.loader
+    return [loader.dataset.rows[sample.row].key for sample in loader.plan.samples(step)]
+
+
+def _look(run: Run, judge: Judge, done: int, before: float | None = None) -> float | None:
     """Validate and draw previews where they are due; neither touches training's draws."""
     course = run.course
-    ends = done in (0, course.total_steps)
     go_on = run.reporter.pause() if run.reporter else None
     held_out = before
-    if run.validation and (ends or _due(done, course.validate_every)):
-        numbers = run.validation.measure(run.parts)
-        held_out = numbers["validation"]
-        if run.reporter:
-            run.reporter.measured(done, numbers)
-    if run.previews and (ends or _due(done, course.preview_every)):
-        left_out = run.previews.draw(run.parts, done)
-        if left_out and run.reporter:
-            run.reporter.event("previews left out", step=done, out_of_memory=left_out)
+    with run.parts.shown():
+        if run.validation and course.validates_at(done):
+            held_out = _measure(run, run.validation, judge, done)
+        if run.previews and (judge.over or course.previews_at(done)):
+            left_out = run.previews.draw(run.parts, done)
+            if left_out and run.reporter:
+                run.reporter.event("previews left out", step=done, out_of_memory=left_out)
     if go_on:
         go_on()
     return held_out
+
+
+def _measure(run: Run, validation: Validation, judge: Judge, done: int) -> float:
+    numbers = validation.measure(run.parts)
+    warned = judge.take(done, numbers)
+    if run.reporter:
+        run.reporter.measured(done, numbers)
+        if warned:
+            run.reporter.event("overfitting", **warned.facts())
+    return numbers["validation"]
 
 
 def _keep_fleet(run: Run, done: int, result: StepResult) -> None:
@@ -168,37 +180,39 @@ def _keep_fleet(run: Run, done: int, result: StepResult) -> None:
     if parts.group.size == 1:
         return
     parts.shares.note(result.my_images, result.my_seconds)
-    if _due(done, course.refit_every) and not parts.shares.pinned:
+    if is_due(done, course.refit_every) and not parts.shares.pinned:
         speeds = [row[0] for row in parts.group.gather([parts.shares.take_speed()])]
         if parts.shares.refit(speeds) and run.reporter:
             run.reporter.event(
                 "shares", step=done, weights=[round(w, 3) for w in parts.shares.weights]
             )
-    if _due(done, course.checksum_every):
+    if is_due(done, course.checksum_every):
         sums = {row[0] for row in parts.group.gather([_checksum(parts)])}
         if len(sums) > 1:
-            parts.group.copy_from_first(parts.adapter.values.data)
-            for tensor in optimizer_tensors(parts.optimizer).values():
+            for tensor in held_state(parts)[0].values():
                 parts.group.copy_from_first(tensor)
             if run.reporter:
                 run.reporter.event("drift mended", step=done)
 
 
-def _save(run: Run, done: int, *, looked: bool) -> None:
+def _save(run: Run, judge: Judge, done: int, *, looked: bool) -> None:
+    go_on = run.reporter.pause() if run.reporter else None
+    if run.reporter:
+        # Rows first: a checkpoint that exists has its metrics beside it, and none of them is NaN.
+        run.reporter.flush()
     if not bool(torch.isfinite(run.parts.adapter.values).all()):
         raise TrainingError(
             f"the adapter holds NaN or infinity after step {done}, so this checkpoint is not "
             "saved. Lower optimizer.learning_rate, and start under another `name`; the newest "
             "checkpoint is from before."
         )
-    go_on = run.reporter.pause() if run.reporter else None
     if run.saver and run.reporter:
-        # Rows first: a checkpoint that exists has its metrics beside it.
-        run.reporter.flush()
         facts: dict[str, Any] = {
             **run.content,
             "shares": run.parts.shares.weights,
             "looked": looked,
+            "judge": judge.facts(),
+            "keep": judge.keep,
         }
         proof = run.saver.save(run.parts, done, facts)
         proven = {"proof_error": float(f"{proof.worst_error:.2e}")} if proof else {}
@@ -207,14 +221,21 @@ def _save(run: Run, done: int, *, looked: bool) -> None:
         go_on()
 
 
+def _tell_end(run: Run, judge: Judge, done: int, *, stopped: bool) -> None:
+    if run.reporter is None:
+        return
+    if judge.over and done < run.course.total_steps:
+        best = {"best_step": judge.best.step, "best": judge.best.loss}
+        run.reporter.event("early stop", step=done, measurements=judge.best.waited, **best)
+    else:
+        run.reporter.event("stopped" if stopped else "trained", step=done)
+    run.reporter.flush()
+
+
 def _checksum(parts: Parts) -> float:
     """48 bits of the adapter's hash, which a float64 carries exactly."""
     raw = parts.adapter.values.detach().cpu().numpy().tobytes()
     return float(int.from_bytes(hashlib.blake2b(raw, digest_size=6).digest(), "big"))
-
-
-def _due(done: int, every: int | None) -> bool:
-    return every is not None and done % every == 0
 
 
 class _Stop:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from raylora.adapt.attach import Adapter, Attachment
+from raylora.adapt.norm_cap import NormCap
 from raylora.base.log import get_logger
 from raylora.diffusion.losses import SampleLoss
+from raylora.diffusion.noise import NoiseSource
 from raylora.diffusion.process import Process
+from raylora.families import Models
+from raylora.optim.state import shown_values
+from raylora.training.ema import Ema
 from raylora.training.loader import Loader
+from raylora.training.loss_scale import LossScale
 from raylora.training.reduce import Group
 from raylora.training.shares import Shares
 from raylora.training.sums import Sums
@@ -21,6 +27,41 @@ from raylora.training.sums import Sums
 log = get_logger("train")
 
 Predict = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+ReadText = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Mover:
+    """How the adapter is moved.
+
+    Attributes:
+        optimizer: over the adapter's groups.
+        names: of the groups, in order.
+        signs: of the groups: -1 goes up the gradient, which is what a negative rate means.
+        rates: global step -> rate of each group; None where the optimizer finds its own.
+        max_grad_norm: the whole gradient is shortened to this; 0 leaves it.
+        cap: of each layer's change of weight, after the step.
+    """
+
+    optimizer: torch.optim.Optimizer
+    names: Sequence[str]
+    signs: Sequence[int]
+    rates: Callable[[int], Sequence[float]] | None
+    max_grad_norm: float
+    cap: NormCap | None = None
+
+    def estimates(self) -> dict[str, float]:
+        """What an optimizer that finds its rate has found: its `d`, by group."""
+        found = [group["d"] for group in self.optimizer.param_groups if "d" in group]
+        names = [f"d/{name}" for name in self.names] if len(found) > 1 else ["d"]
+        return {name: float(d) for name, d in zip(names, found, strict=False)}
+
+    def rates_now(self, step: int) -> dict[str, float]:
+        """Rates at a step, by group; of an optimizer that finds its own, what it last used."""
+        if self.rates is not None:
+            return dict(zip(self.names, self.rates(step), strict=True))
+        held = [group.get("lr") for group in self.optimizer.param_groups]
+        return {n: float(rate or 0.0) for n, rate in zip(self.names, held, strict=True)}
 
 
 @dataclass
@@ -28,27 +69,35 @@ class Parts:
     """A worker's share of a run.
 
     Attributes:
-        denoiser: frozen, with the adapter attached.
+        denoiser: frozen; the adapter is attached to it, to the text encoders, or to both.
+        text_encoders: those that are read in training; none where captions are cached.
         predict: the family's prediction.
+        read_text: a batch's captions -> conditions of the prediction.
+        text_stops: global step from which the text encoder stays as it is; None is never.
         loss: (prediction, target, timesteps, weighing) -> (B,).
-        factor: global step -> factor on the learning rate.
+        noise: what is drawn for a sample.
+        mover: optimizer and rates.
         loader: the samples of each step, and their cached tensors.
         sums: how gradients and losses are added up.
         micro_batch: images at once; out of memory halves it.
         dtype: of activations; losses and the adapter are in `adapter.values.dtype`.
         timesteps: range [low, high) that is drawn from.
+        skip_broken: a step whose gradient is not finite moves nothing, and the run goes on.
     """
 
     denoiser: nn.Module
-    attachment: Attachment
+    text_encoders: Models
+    attachments: Sequence[Attachment]
     adapter: Adapter
     predict: Predict
+    read_text: ReadText
+    text_stops: int | None
     process: Process
     loss: SampleLoss
-    optimizer: torch.optim.Optimizer
-    factor: Callable[[int], float]
-    learning_rate: float
-    max_grad_norm: float
+    noise: NoiseSource
+    mover: Mover
+    ema: Ema | None
+    loss_scale: LossScale
     loader: Loader
     group: Group
     shares: Shares
@@ -58,11 +107,21 @@ class Parts:
     timesteps: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    skip_broken: bool = False
+
+    @property
+    def asks_if_broken(self) -> bool:
+        """Whether a step must know at once that its gradient is not finite."""
+        return self.skip_broken or self.loss_scale.on
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Within it, the adapter holds what people get: its average, where one is kept."""
-        yield
+        with ExitStack() as stack:
+            stack.enter_context(shown_values(self.mover.optimizer))
+            if self.ema:
+                stack.enter_context(self.ema.shown())
+            yield
 
     def halve_micro_batch(self, where: str) -> None:
         """After running out of memory; not within `except`, whose traceback holds tensors."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raylora.base.errors import JobError, TrainingError
-from raylora.training.checkpoint import checkpoint_steps, read_checkpoint, restore
+from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
 from raylora.training.loop import Run
 from raylora.training.report import read_metrics
+from raylora.training.state import restore_state
 from raylora.training.step import train_step
 
 
@@ -42,7 +43,7 @@ def replay_step(run: Run, step: int) -> Replay:
     parts, done = run.parts, 0
     if before:
         state = read_checkpoint(run.storage, before[-1])
-        restore(parts.adapter.values, parts.optimizer, state.tensors)
+        restore_state(parts, state)
         done = state.step
     result = None
     samples = parts.loader.plan.samples(step - 1)
@@ -52,7 +53,9 @@ def replay_step(run: Run, step: int) -> Replay:
             "repeats or data.order_seed changed since."
         )
     # As recorded, and not by the job's schedule: after --extend that has another end.
-    parts.learning_rate, parts.factor = 1.0, lambda number: rows[number + 1]["learning_rate"]
+    if parts.mover.rates is not None:
+        recorded = {number: list(row["rates"].values()) for number, row in rows.items()}
+        parts.mover = replace(parts.mover, rates=lambda number: recorded[number + 1])
     for number in range(done, step):
         result = train_step(parts, number)
     assert result is not None

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from raylora.base.errors import TrainingError
 from raylora.base.log import get_logger
 from raylora.base.segments import SegmentWriter, read_segments
 from raylora.base.storage import Storage
 from raylora.base.units import duration, gib
+from raylora.training.checkpoint import checkpoint_steps
+from raylora.training.memory import memory_numbers
 from raylora.training.step import StepResult
+from raylora.training.trackers import Tracker, progress_scalars, step_scalars
 
 log = get_logger("step")
 
@@ -28,15 +32,19 @@ Sink = Callable[[Row], None]
 class _Pending:
     step: int
     result: StepResult
-    learning_rate: float
     samples: list[str]
     shares: list[float]
+    keys: Callable[[], list[str]]
 
 
 class Reporter:
     """Writes what happens; only worker 0 has one.
 
     Numbers stay on the device until a progress row is due, so that the step waits for nothing.
+
+    Args:
+        sinks: told progress rows, measurements and events.
+        trackers: told the numbers of every step.
     """
 
     def __init__(
@@ -48,19 +56,38 @@ class Reporter:
         every_steps: int,
         device: torch.device,
         sinks: Sequence[Sink] = (),
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.sinks = list(sinks)
+        self.trackers = list(trackers)
         self.total_steps = total_steps
+        self._storage = storage
         self._every_steps = every_steps
         self._metrics = SegmentWriter(storage, "metrics", attempt=attempt)
         self._events = SegmentWriter(storage, "events", attempt=attempt, every_seconds=0.0)
         self._pending: list[_Pending] = []
         self._device = device
+        self._epoch = _Epoch(1)
         self._images = 0
         self._since = time.monotonic()
+        self._finished = False
+
+    def begin(self, done: int, *, steps_per_epoch: int) -> None:
+        """Steps begin after `done` of them; call it once, before the first."""
+        self._epoch = _Epoch(steps_per_epoch)
+        if done:
+            for row in read_metrics(self._storage):
+                if "loss" in row and row["done"] <= done and not row.get("skipped"):
+                    self._epoch.add(row["loss"])
+        for tracker in self.trackers:
+            tracker.begin(done)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """One thing that happened, kept with its time."""
+        """One thing that happened, kept with its time; a fact `warning` is a sentence for people.
+
+        "trained" and "early stop" say that the run is finished.
+        """
+        self._finished |= kind in ("trained", "early stop")
         self._events.add({"event": kind, "time": time.time(), **facts})
         for sink in self.sinks:
             sink({"event": kind, **facts})
@@ -70,21 +97,30 @@ class Reporter:
         step: int,
         result: StepResult,
         *,
-        learning_rate: float,
         samples: list[str],
         shares: list[float],
+        keys: Callable[[], list[str]] = list,
     ) -> None:
-        """Remember a step; with (seed, samples, shares) it can be computed again."""
-        self._pending.append(_Pending(step, result, learning_rate, samples, shares))
+        """Remember a step; with (seed, samples, shares) it can be computed again.
+
+        Args:
+            keys: the images of the step by their paths, asked for where its numbers are broken.
+
+        Raises:
+            TrainingError: a step since the last progress row has a loss or gradient that is not
+                finite.
+        """
+        self._pending.append(_Pending(step, result, samples, shares, keys))
         self._images += result.images
         if (step + 1) % self._every_steps == 0 or step + 1 == self.total_steps:
             self._progress()
 
-    def measured(self, step: int, numbers: dict[str, float]) -> None:
+    def measured(self, step: int, numbers: Mapping[str, float]) -> None:
         """Validation numbers after `step` steps."""
         self._metrics.add({"done": step, **numbers})
         for sink in self.sinks:
             sink({"done": step, **numbers})
+        self._track(step, numbers)
 
     def pause(self) -> Callable[[], None]:
         """Stop the clock for something that is not training; call the result to go on."""
@@ -98,48 +134,118 @@ class Reporter:
     def flush(self) -> None:
         """Store everything so far."""
         self._write_pending()
+        self._store()
+
+    def close(self) -> None:
+        """Let go of the trackers; what was not flushed by now belongs to a run that failed."""
+        for tracker in self.trackers:
+            tracker.close(finished=self._finished)
+        self.trackers.clear()
+
+    def _store(self) -> None:
         self._metrics.flush()
         self._events.flush()
+        for tracker in self.trackers:
+            tracker.flush()
 
     def _write_pending(self) -> list[Row]:
-        rows = [
-            {
-                "done": held.step + 1,
-                "loss": float(held.result.loss),
-                "gradient_norm": float(held.result.gradient_norm),
-                "learning_rate": held.learning_rate,
-                "images": held.result.images,
-                "wait_seconds": round(held.result.wait_seconds, 6),
-                "samples": held.samples,
-                "shares": held.shares,
-            }
-            for held in self._pending
-        ]
-        self._pending.clear()
-        for row in rows:
+        pending, self._pending = self._pending, []
+        rows = [_row(held) for held in pending]
+        for held, row in zip(pending, rows, strict=True):
             self._metrics.add(row)
+            if not row.get("skipped"):
+                self._refuse_broken(held, row)
+                self._epoch.add(row["loss"])
+            self._track(row["done"], step_scalars(row, self._epoch.mean))
         return rows
+
+    def _refuse_broken(self, held: _Pending, row: Row) -> None:
+        if math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"]):
+            return
+        keys = held.keys()
+        found = {"loss": row["loss"], "gradient_norm": row["gradient_norm"]}
+        self.event("not finite", step=row["done"], images=keys, **found)
+        self._store()
+        saved = checkpoint_steps(self._storage)
+        newest = f"that of step {saved[-1]}" if saved else "none: nothing was saved yet"
+        more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+        raise TrainingError(
+            f"step {row['done']}: the loss is {row['loss']:g} and the gradient's norm is "
+            f"{row['gradient_norm']:g}. Its images: {', '.join(keys[:_NAMED])}{more}. The newest "
+            f"checkpoint is {newest}. The same command would come here again: look at these "
+            "images, or lower optimizer.learning_rate or set training.on_nan: skip, under another "
+            "`name`."
+        )
+
+    def _track(self, done: int, numbers: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.add(done, numbers)
 
     def _progress(self) -> None:
         rows = self._write_pending()
         seconds = max(time.monotonic() - self._since, 1e-9)
         done = rows[-1]["done"]
-        speed = self._images / seconds
-        left = (self.total_steps - done) * seconds / len(rows)
+        losses = [row["loss"] for row in rows if not row.get("skipped")]
         row = {
             "done": done,
             "total": self.total_steps,
-            "loss": sum(r["loss"] for r in rows) / len(rows),
+            "epoch": done / self._epoch.steps,
+            "loss": sum(losses) / len(losses) if losses else math.nan,
+            "loss_average": self._epoch.mean,
             "learning_rate": rows[-1]["learning_rate"],
-            "images_per_second": speed,
-            "eta_seconds": left,
-            "peak_bytes": peak_bytes(self._device),
+            "images_per_second": self._images / seconds,
+            "eta_seconds": (self.total_steps - done) * seconds / len(rows),
+            **memory_numbers(self._device),
             "wait_seconds": sum(r["wait_seconds"] for r in rows),
         }
         for sink in self.sinks:
             sink(row)
+        self._track(done, progress_scalars(row))
         self._images = 0
         self._since = time.monotonic()
+
+
+_NAMED = 8
+
+
+def _row(held: _Pending) -> Row:
+    """A step's row; here the device is waited for."""
+    result = held.result
+    extra = {name: float(number) for name, number in result.extra.items()}
+    return {
+        "done": held.step + 1,
+        "loss": float(result.loss),
+        "gradient_norm": float(result.gradient_norm),
+        "learning_rate": next(iter(result.rates.values()), 0.0),
+        "rates": dict(result.rates),
+        **({"extra": extra} if extra else {}),
+        **({"skipped": True} if result.skipped else {}),
+        "images": result.images,
+        "wait_seconds": round(result.wait_seconds, 6),
+        "samples": held.samples,
+        "shares": held.shares,
+    }
+
+
+class _Epoch:
+    """The mean loss over the last epoch's steps; in the first epoch, over those so far."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._losses: deque[float] = deque()
+        self._sum = 0.0
+
+    def add(self, loss: float) -> None:
+        """Take the next step's loss."""
+        self._losses.append(loss)
+        self._sum += loss
+        if len(self._losses) > self.steps:
+            self._sum -= self._losses.popleft()
+
+    @property
+    def mean(self) -> float:
+        """NaN before the first."""
+        return self._sum / len(self._losses) if self._losses else math.nan
 
 
 def log_sink(row: Row) -> None:
@@ -147,27 +253,33 @@ def log_sink(row: Row) -> None:
     if "images_per_second" in row:
         log.info("%s", progress_line(row))
     elif "validation" in row:
-        log.info("%5d       held-out loss %.4f", row["done"], row["validation"])
+        log.info("%5d       %s", row["done"], measured_line(row))
+    elif "warning" in row:
+        log.warning("%s", row["warning"])
     elif "event" in row:
         facts = "  ".join(f"{k} {v}" for k, v in row.items() if k != "event")
         log.info("%s  %s", row["event"], facts)
 
 
 def progress_line(row: Row) -> str:
-    """`120/2000  loss 0.0831  lr 9.80e-05  3.42 img/s  ETA 4 min 10 s  peak 17.2 GiB`."""
+    """`120/2000  loss 0.0831  mean 0.0845  lr 9.80e-05  3.42 img/s  ETA 4 min 10 s  …`."""
     return (
-        f"{row['done']:5d}/{row['total']}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
-        f"{row['images_per_second']:.2f} img/s  ETA {duration(row['eta_seconds'])}  "
-        f"peak {gib(row['peak_bytes'])}  wait {row['wait_seconds']:.2f} s"
+        f"{row['done']:5d}/{row['total']}  loss {row['loss']:.4f}  mean {row['loss_average']:.4f}  "
+        f"lr {row['learning_rate']:.2e}  {row['images_per_second']:.2f} img/s  "
+        f"ETA {duration(row['eta_seconds'])}  {memory_line(row)}  wait {row['wait_seconds']:.2f} s"
     )
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def memory_line(row: Row) -> str:
+    """`held 12.10 GiB  peak 17.20 GiB of 22.20 GiB`; a process's has no "of"."""
+    of = f" of {gib(row['total_bytes'])}" if "total_bytes" in row else ""
+    return f"held {gib(row['memory_bytes'])}  peak {gib(row['peak_bytes'])}{of}"
+
+
+def measured_line(row: Row) -> str:
+    """`held-out loss 0.0831`, and that of images trained on where they are measured."""
+    training = f"  of images trained on {row['training']:.4f}" if "training" in row else ""
+    return f"held-out loss {row['validation']:.4f}{training}"
 
 
 def read_metrics(storage: Storage) -> list[Row]:

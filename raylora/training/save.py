@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
-from raylora.adapt.deltas import LowRank
+from raylora.adapt.keys import Naming
 from raylora.adapt.lora_file import AdapterModule, adapter_bytes
 from raylora.adapt.proof import ExportProver, ProofReport
+from raylora.adapt.readable import readable
+from raylora.adapt.trained import low_ranks
 from raylora.base.storage import Storage
 from raylora.networks import NetworkOptions
-from raylora.training.checkpoint import State, optimizer_tensors, prune, write_checkpoint
+from raylora.training.checkpoint import State, prune, write_checkpoint
 from raylora.training.parts import Parts
 from raylora.training.run_folder import still_ours
+from raylora.training.state import held_state
 
 
 class Saver:
@@ -24,6 +27,7 @@ class Saver:
         storage: the run's folder.
         network: options of the network, for the file's alpha.
         dtype: of the numbers in the file.
+        naming: whose names the file uses.
         metadata: step -> the file's header.
         prover: reads each file back independently; None where a caller measures speed alone.
         keep_last: checkpoints that stay; None keeps all.
@@ -40,10 +44,12 @@ class Saver:
         prover: ExportProver | None,
         keep_last: int | None,
         attempt: int,
+        naming: Naming = "kohya",
     ) -> None:
         self._storage = storage
         self._network = network
         self._dtype = dtype
+        self._naming = naming
         self._metadata = metadata
         self._prover = prover
         self._keep_last = keep_last
@@ -56,11 +62,12 @@ class Saver:
             ExportError: the proof fails.
             TrainingError: a later attempt has taken the run.
         """
-        file = self.file(parts, step)
-        report = self._prover.prove(file, self._expected(parts)) if self._prover else None
-        tensors = {"values": parts.adapter.values.detach(), **optimizer_tensors(parts.optimizer)}
+        with parts.shown():
+            file = self.file(parts, step)
+            report = self._prover.prove(file, low_ranks(parts.adapter)) if self._prover else None
+        tensors, held = held_state(parts)
         still_ours(self._storage, self._attempt)
-        write_checkpoint(self._storage, State(step, tensors, facts), file)
+        write_checkpoint(self._storage, State(step, tensors, {**facts, **held}), file)
         if self._keep_last is not None:
             prune(self._storage, self._keep_last)
         return report
@@ -69,19 +76,14 @@ class Saver:
         """The LoRA file as it would be saved now."""
         exported = parts.adapter.modules()
         modules = [AdapterModule(name, tensors) for name, tensors in exported.items()]
-        return adapter_bytes(modules, dict(self._metadata(step)), dtype=self._dtype)
+        return adapter_bytes(
+            readable(modules, self._naming),
+            dict(self._metadata(step)),
+            dtype=self._dtype,
+            naming=self._naming,
+        )
 
     def close(self) -> None:
         """End the prover's process."""
         if self._prover:
             self._prover.close()
-
-    def _expected(self, parts: Parts) -> dict[str, LowRank]:
-        """What was trained, from the adapter's own numbers and not from the file's making."""
-        adapter, expected = parts.adapter, {}
-        for site in adapter.sites:
-            held = adapter.parameters[site.name]
-            shape = (..., None, None) if site.kind == "conv" else (...,)
-            down, up = (held[word].detach().cpu().clone()[shape] for word in ("down", "up"))
-            expected[site.name] = (down, up, adapter.scales[site.name])
-        return expected

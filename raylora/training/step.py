@@ -7,16 +7,16 @@ computed from it by every worker alike. So the step is the same mathematics for 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from raylora.data.steps import SampleRef
-from raylora.data.supply import Tensors
+from raylora.data.supply import PRESERVE, Tensors
 from raylora.diffusion.losses import WEIGHING
-from raylora.diffusion.noise import draw_noise, draw_timesteps
+from raylora.diffusion.noise import draw_timesteps
 from raylora.training.loader import micro_batches
 from raylora.training.parts import Parts
 
@@ -31,6 +31,9 @@ class StepResult:
         images: of the whole step.
         my_images, my_seconds: of this worker, without waiting for the others.
         stop: some worker was asked to stop.
+        skipped: the gradient was not finite, so nothing moved.
+        rates: group of parameters -> learning rate.
+        extra: other numbers of the step by name, on the device or not.
     """
 
     loss: Tensor
@@ -40,6 +43,9 @@ class StepResult:
     my_seconds: float
     wait_seconds: float
     stop: bool
+    skipped: bool = False
+    rates: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
 def train_step(parts: Parts, step: int, *, stop: bool = False) -> StepResult:
@@ -47,29 +53,58 @@ def train_step(parts: Parts, step: int, *, stop: bool = False) -> StepResult:
     began = time.perf_counter()
     samples, tensors, images = parts.loader.take(step)
     fetched = time.perf_counter()
-    accumulate(parts, step, samples, tensors)
-    if parts.device.type == "cuda" and parts.group.size > 1:
-        torch.cuda.synchronize(parts.device)  # so that the seconds are this worker's own
-    computed = time.perf_counter()
+    while True:
+        computing = time.perf_counter()
+        accumulate(parts, step, samples, tensors)
+        if parts.device.type == "cuda" and parts.group.size > 1:
+            torch.cuda.synchronize(parts.device)  # so that the seconds are this worker's own
+        computed = time.perf_counter()
+        loss_sum, leaving = parts.sums.add_up(parts.group, stop=stop)
+        gradients = parts.adapter.gradients.div_(images)
+        gradient_norm = torch.linalg.vector_norm(gradients)
+        # Only where something hangs on it is the device asked.
+        broken = parts.asks_if_broken and not bool(gradient_norm.isfinite())
+        if not (broken and parts.loss_scale.overflowed()):
+            break
 
-    loss_sum, leaving = parts.sums.add_up(parts.group, stop=stop)
-    gradients = parts.adapter.gradients.div_(images)
-    gradient_norm = torch.linalg.vector_norm(gradients)
-    if parts.max_grad_norm > 0:
-        gradients.mul_((parts.max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0))
-    for group in parts.optimizer.param_groups:
-        group["lr"] = parts.learning_rate * parts.factor(step)
-    parts.optimizer.step()
-
+    rates = parts.mover.rates_now(step)
+    skipped = broken and parts.skip_broken
+    extra = {} if skipped else move(parts, step, gradient_norm, rates)
     return StepResult(
         loss=loss_sum / images,
         gradient_norm=gradient_norm,
         images=images,
         my_images=len(samples),
-        my_seconds=computed - fetched,
+        my_seconds=computed - computing,
         wait_seconds=fetched - began,
         stop=bool(leaving) if parts.group.size > 1 else stop,  # alone, the device is not asked
+        skipped=skipped,
+        rates=rates,
+        extra=extra,
     )
+
+
+def move(
+    parts: Parts, step: int, gradient_norm: Tensor, rates: Mapping[str, float]
+) -> dict[str, Tensor | float]:
+    """From the step's whole gradient to moved weights; the same on every worker."""
+    mover, gradients = parts.mover, parts.adapter.gradients
+    if mover.max_grad_norm > 0:
+        gradients.mul_((mover.max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0))
+    for piece, sign in zip(parts.adapter.groups, mover.signs, strict=True):
+        if sign < 0:
+            gradients[piece].neg_()
+    if mover.rates is not None:
+        for group, rate in zip(mover.optimizer.param_groups, rates.values(), strict=True):
+            group["lr"] = rate
+    mover.optimizer.step()
+    extra = dict(mover.estimates())
+    if mover.cap:
+        extra |= mover.cap.apply()
+    if parts.ema:
+        parts.ema.update(step + 1)
+    extra |= parts.loss_scale.passed()
+    return extra
 
 
 def accumulate(
@@ -79,14 +114,16 @@ def accumulate(
 
     Everything drawn depends on (seed, step, sample) alone, so the replay is the same step.
     """
+    scale = parts.loss_scale.factor
     while True:
         parts.sums.begin()
         try:
             for mates, batch in micro_batches(samples, tensors, parts.micro_batch):
                 numbers = [sample.number for sample in mates]
-                losses = sample_losses(parts, batch, numbers, step)
-                losses.sum().backward()
-                parts.sums.take(losses)
+                with parts.adapter.dropping(step, numbers):
+                    losses = sample_losses(parts, batch, numbers, step)
+                    (losses.sum() * scale).backward()
+                parts.sums.take(losses, scale=scale)
             return
         except torch.OutOfMemoryError:
             if parts.micro_batch == 1:
@@ -97,31 +134,53 @@ def accumulate(
 def sample_losses(
     parts: Parts, batch: dict[str, Tensor], numbers: Sequence[int], step: int
 ) -> Tensor:
-    """The loss of each sample, (B,), with the noise and timestep that belong to (step, sample)."""
-    latents = batch["latents"]
+    """The loss of each sample, (B,), with what is drawn for (step, sample)."""
     low, high = parts.timesteps
-    noise = draw_noise(tuple(latents.shape[1:]), seed=parts.seed, step=step, samples=numbers)
+    noise, noised_with = parts.noise.draw(
+        batch["latents"], seed=parts.seed, step=step, samples=numbers
+    )
     timesteps = draw_timesteps(low=low, high=high, seed=parts.seed, step=step, samples=numbers)
-    return losses_at(parts, batch, noise, timesteps)
+    reads = parts.text_stops is None or step < parts.text_stops
+    return losses_at(parts, batch, noise, timesteps, noised_with=noised_with, text_learns=reads)
 
 
-def losses_at(parts: Parts, batch: dict[str, Tensor], noise: Tensor, timesteps: Tensor) -> Tensor:
-    """The loss of each sample at given noise (B, C, H, W) and timesteps (B,); (B,)."""
+def losses_at(
+    parts: Parts,
+    batch: Mapping[str, Tensor],
+    noise: Tensor,
+    timesteps: Tensor,
+    *,
+    noised_with: Tensor | None = None,
+    text_learns: bool = True,
+) -> Tensor:
+    """The loss of each sample at given noise (B, C, H, W) and timesteps (B,); (B,).
+
+    Args:
+        noised_with: what the latents are noised with, where it is not what is predicted.
+        text_learns: gradients reach the text encoder.
+    """
     exact = parts.adapter.values.dtype
-    latents = batch["latents"].to(parts.device, exact, non_blocking=True)
-    noise = noise.to(parts.device, exact, non_blocking=True)
+
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor.to(parts.device, exact, non_blocking=True)
+
+    latents, noise = placed(batch["latents"]), placed(noise)
     timesteps = timesteps.to(parts.device, non_blocking=True)
-    weighing = {
-        name: batch[name].to(parts.device, exact, non_blocking=True)
-        for name in WEIGHING
-        if name in batch
-    }
-    conditions = {
-        name: tensor.to(parts.device, parts.dtype, non_blocking=True)
-        for name, tensor in batch.items()
-        if name != "latents" and name not in WEIGHING
-    }
-    noisy = parts.process.noisy(latents, noise, timesteps).to(parts.dtype)
+    weighing = {name: placed(batch[name]) for name in WEIGHING if name in batch}
+    others = {"latents", PRESERVE, *WEIGHING}
+    captions = {name: tensor for name, tensor in batch.items() if name not in others}
+    noised_with = noise if noised_with is None else placed(noised_with)
+    noisy = parts.process.noisy(latents, noised_with, timesteps).to(parts.dtype)
     target = parts.process.target(latents, noise, timesteps)
-    prediction = parts.predict(parts.denoiser, noisy, timesteps, conditions)
-    return parts.loss(prediction, target, timesteps, weighing)
+
+    def predict() -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and text_learns):
+            conditions = parts.read_text(captions)
+        return parts.predict(parts.denoiser, noisy, timesteps, conditions)
+
+    if PRESERVE in batch and bool(batch[PRESERVE].any()):  # on the CPU still
+        with torch.no_grad(), parts.adapter.off():
+            base = predict().to(exact)
+        preserve = placed(batch[PRESERVE]).view(-1, 1, 1, 1) > 0
+        target = torch.where(preserve, base, target)
+    return parts.loss(predict(), target, timesteps, weighing)

@@ -21,8 +21,12 @@ class Sums(Protocol):
     def begin(self) -> None:
         """Forget what was taken; the adapter's gradients are zero."""
 
-    def take(self, losses: Tensor) -> None:
-        """Take (B,) losses, and what their backward left in the adapter's gradients."""
+    def take(self, losses: Tensor, *, scale: float = 1.0) -> None:
+        """Take (B,) losses, and what their backward left in the adapter's gradients.
+
+        Args:
+            scale: a power of two that the gradients were multiplied with, one for the step.
+        """
 
     def add_up(self, group: Group, *, stop: bool) -> tuple[Tensor, Tensor]:
         """Leave the sum over workers in the adapter's gradients; (loss sum, how many said stop)."""
@@ -34,18 +38,23 @@ class RoundedSums:
     def __init__(self, adapter: Adapter) -> None:
         self._gradients = adapter.gradients
         self._loss = self._gradients.new_zeros(())
+        self._scale = 1.0
 
     def begin(self) -> None:
         """Zero both."""
         self._gradients.zero_()
         self._loss.zero_()
+        self._scale = 1.0
 
-    def take(self, losses: Tensor) -> None:
+    def take(self, losses: Tensor, *, scale: float = 1.0) -> None:
         """Autograd has added to the gradients already."""
         self._loss += losses.detach().sum()
+        self._scale = scale
 
     def add_up(self, group: Group, *, stop: bool) -> tuple[Tensor, Tensor]:
         """One sum over workers."""
+        if self._scale != 1.0:
+            self._gradients.mul_(1.0 / self._scale)
         flag = self._gradients.new_tensor([float(stop)])
         told = torch.cat([self._gradients, self._loss.view(1), flag])
         group.add_up(told)
@@ -79,8 +88,10 @@ class ExactSums:
         self._gradients.zero_()
         self._told.zero_()
 
-    def take(self, losses: Tensor) -> None:
+    def take(self, losses: Tensor, *, scale: float = 1.0) -> None:
         """Move one image's gradients and loss into the integers."""
+        if scale != 1.0:
+            self._gradients.mul_(1.0 / scale)
         found = torch.cat([self._gradients, losses.detach().to(self._gradients.dtype)])
         sound = (found.abs() < _LARGEST).all()  # False for NaN too
         # Scaling by a power of two rounds nothing, in whatever dtype.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -24,25 +26,30 @@ from raylora.serving.library import adapter_on
 
 KINDS = plugins("raylora.networks")
 CPU = torch.device("cpu")
-SITES = [Site("toy.tokens", "linear", 6, 5), Site("toy.pixels", "conv", 6, 4)]
+SITES = [
+    Site("toy.tokens", "linear", 6, 5),
+    Site("toy.pixels", "conv", 6, 4),
+    Site("toy.kernel", "conv", 6, 4, kernel=(3, 3), stride=(2, 2), padding=(1, 1)),
+]
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_site = pytest.mark.parametrize("site", SITES, ids=lambda site: site.kind)
+every_site = pytest.mark.parametrize("site", SITES, ids=lambda site: site.name)
 
 
 class Toy(nn.Module):
-    """A linear layer and a 1x1 convolution, with and without a bias."""
+    """A linear layer, a 1x1 convolution and one that halves, with and without a bias."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.tokens = nn.Linear(6, 5, dtype=dtype)
         self.pixels = nn.Conv2d(6, 4, 1, bias=False, dtype=dtype)
+        self.kernel = nn.Conv2d(6, 4, 3, stride=2, padding=1, dtype=dtype)
         with torch.no_grad():
             for seed, weight in enumerate(self.parameters()):
                 weight.copy_(normal(seed, *weight.shape, dtype=dtype))
         self.requires_grad_(False)
 
-    def forward(self, tokens: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tokens(tokens), self.pixels(pixels)
+    def forward(self, tokens: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+        return self.tokens(tokens), self.pixels(pixels), self.kernel(pixels)
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -74,26 +81,30 @@ def moved(adapter: Adapter, size: float = 0.3) -> Adapter:
 
 def site_forward(adapter: Adapter, site: Site, x: Tensor, base: Tensor) -> Tensor:
     network: Network = adapter.network
-    return network.forward(adapter.parameters[site.name], x, base, adapter.scales[site.name])
+    held = adapter.parameters[site.name]
+    return network.forward(held, x, base, adapter.scales[site.name], site, None)
 
 
 def site_input(site: Site, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """(x, what the frozen layer gave)."""
     x = inputs(dtype)[0 if site.kind == "linear" else 1]
-    shape = (2, 3, site.outputs) if site.kind == "linear" else (2, site.outputs, 3, 2)
+    sides = (2, 1) if site.stride == (2, 2) else (3, 2)
+    shape = (2, 3, site.outputs) if site.kind == "linear" else (2, site.outputs, *sides)
     return x, normal(12, *shape, dtype=dtype)
 
 
 def change_of_weight(adapter: Adapter, site: Site) -> Tensor:
-    """ΔW (O, I) in float64, column by column, from the network's own forward."""
-    eye = torch.eye(site.inputs, dtype=torch.float64)
+    """ΔW (O, I kh kw) in float64, column by column, from the network's own forward."""
+    eye = torch.eye(site.inputs * math.prod(site.kernel), dtype=torch.float64)
     held = {word: leaf.detach().double() for word, leaf in adapter.parameters[site.name].items()}
     scale = adapter.scales[site.name]
     if site.kind == "linear":
         nothing = torch.zeros(site.inputs, site.outputs, dtype=torch.float64)
-        return adapter.network.forward(held, eye, nothing, scale).T
-    nothing = torch.zeros(site.inputs, site.outputs, 1, 1, dtype=torch.float64)
-    return adapter.network.forward(held, eye[:, :, None, None], nothing, scale)[:, :, 0, 0].T
+        return adapter.network.forward(held, eye, nothing, scale, site, None).T
+    nothing = torch.zeros(len(eye), site.outputs, 1, 1, dtype=torch.float64)
+    pictures = eye.view(-1, site.inputs, *site.kernel)
+    alone = replace(site, stride=(1, 1), padding=(0, 0))
+    return adapter.network.forward(held, pictures, nothing, scale, alone, None)[:, :, 0, 0].T
 
 
 @every_kind
@@ -154,7 +165,7 @@ def test_its_gradients_are_those_of_finite_differences(kind: str, site: Site):
 
     def adapted(x: Tensor, base: Tensor, *leaves: Tensor) -> Tensor:
         held = dict(zip(words, leaves, strict=True))
-        return adapter.network.forward(held, x, base, 0.7)
+        return adapter.network.forward(held, x, base, 0.7, site, None)
 
     assert torch.autograd.gradcheck(adapted, (x, base, *leaves))
 
@@ -203,9 +214,9 @@ def test_16_bit_activations_stay_so_and_finite(kind: str, site: Site, dtype: tor
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_file_holds_the_same_change_of_weight(kind: str, dtype: torch.dtype):
-    sites = [Site(f"unet.{site.name}", site.kind, site.inputs, site.outputs) for site in SITES]
+    sites = [replace(site, name=f"unet.{site.name}") for site in SITES]
     adapter = moved(adapter_for(kind, dtype, sites=sites))
-    exported = adapter.modules(options_for(kind))
+    exported = adapter.modules()
     modules = [AdapterModule(name, tensors) for name, tensors in exported.items()]
     file = adapter_bytes(modules, {}, dtype=torch.float32)
     read = read_adapter(file)
@@ -218,6 +229,11 @@ def test_the_file_holds_the_same_change_of_weight(kind: str, dtype: torch.dtype)
         # the file has 24 bits
         assert_close(read.delta(name).flatten(1), expected, rtol=1e-5, atol=1e-6)
         assert_close(change_of_weight(loaded, site), expected, rtol=1e-5, atol=1e-6)
+
+
+def sites_for(kind: str, family: Family, denoiser: nn.Module) -> list[Site]:
+    convolutions = get_network(kind).options.convolutions
+    return family.sites(denoiser, "attention_mlp", convolutions=convolutions)
 
 
 @cache
@@ -247,7 +263,7 @@ def whole_model(request: pytest.FixtureRequest) -> tuple[Family, nn.Module, Any]
 @every_kind
 def test_on_a_whole_model_it_is_its_merged_weights(kind: str, whole_model: Any):
     family, denoiser, predict = whole_model
-    sites = family.sites(denoiser, "attention_mlp")
+    sites = sites_for(kind, family, denoiser)
     adapter = moved(adapter_for(kind, sites=sites), size=0.2)
     attachment = Attachment(denoiser, family.component, adapter)
     with torch.no_grad():
@@ -267,7 +283,7 @@ def test_on_a_whole_model_it_is_its_merged_weights(kind: str, whole_model: Any):
 @every_kind
 def test_gradient_reaches_every_parameter(kind: str, whole_model: Any):
     family, denoiser, predict = whole_model
-    adapter = moved(adapter_for(kind, sites=family.sites(denoiser, "attention_mlp")), size=0.05)
+    adapter = moved(adapter_for(kind, sites=sites_for(kind, family, denoiser)), size=0.05)
     attachment = Attachment(denoiser, family.component, adapter)
     predict(denoiser).square().sum().backward()
     attachment.detach()

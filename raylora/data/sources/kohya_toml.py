@@ -142,8 +142,9 @@ _UNUSED: dict[str, tuple[Any, str]] = {
     "batch_size": (None, "a step holds training.images_per_step images"),
     "network_multiplier": (1, "sd-scripts does not use it either"),
     "cache_info": (False, "the cache remembers sizes and captions by itself"),
-    "custom_attributes": ({}, "nothing reads them"),
 }
+# The only one of `custom_attributes` that sd-scripts reads.
+_PRESERVATION = "diff_output_preservation"
 # The defaults of sd-scripts that are not raylora's.
 _DEFAULTS = {"repeats": 1, "enable_bucket": False}
 _BUCKET_DEFAULTS = {"min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64}
@@ -251,10 +252,9 @@ def _key_problems(
             yield f"{where}: sd-scripts does not take it in a data set with {kind}. Take it out."
         elif not known.takes.holds(value):
             yield f"{where} is {_shown(value)}: it takes {known.takes.said}."
-        elif key == "custom_attributes" and value.get("diff_output_preservation"):
+        elif key == "custom_attributes" and not _FLAG.holds(value.get(_PRESERVATION, False)):
             yield (
-                f"{where}.diff_output_preservation: raylora cannot do this yet, and the set would "
-                "train as any other without it. Take it out to train it so."
+                f"{where}.{_PRESERVATION} is {_shown(value[_PRESERVATION])}: it takes {_FLAG.said}."
             )
 
 
@@ -309,6 +309,8 @@ def _notices(general: dict[str, Any], datasets: Sequence[dict[str, Any]]) -> Ite
     for key, (nothing, reason) in _UNUSED.items():
         if any(key in table and table[key] != nothing for table in tables):
             yield f"{key} is not used: {reason}."
+    if any(set(table.get("custom_attributes", {})) - {_PRESERVATION} for table in tables):
+        yield f"custom_attributes is not used, except {_PRESERVATION}: nothing reads the others."
 
 
 def _set(
@@ -316,12 +318,14 @@ def _set(
 ) -> dict[str, Any]:
     # Inner tables come last and hide the outer ones.
     found = {key: value for table in tables for key, value in table.items()}
-    passed_over = {"subsets", *_UNUSED, *_NOT_BESIDE[kind]}
+    passed_over = {"subsets", "custom_attributes", *_UNUSED, *_NOT_BESIDE[kind]}
     words = {
         _WORDS.get(key, key): _translated(key, value)
         for key, value in found.items()
         if key not in passed_over
     }
+    if _PRESERVATION in found.get("custom_attributes", {}):
+        words["output_preservation"] = found["custom_attributes"][_PRESERVATION]
     given = {word: value for word, value in job.items() if value is not None} | words
     defaults = _DEFAULTS | (_BUCKET_DEFAULTS if given.get("enable_bucket") else {})
     unsaid = {word: value for word, value in defaults.items() if word not in given}

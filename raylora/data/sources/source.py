@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from raylora.base.errors import DataError
-from raylora.base.options import Options
+from raylora.base.options import Options, known_as
 from raylora.base.storage import Storage, open_storage
 
 
@@ -27,6 +27,18 @@ class SourceWords(Options):
     is_reg: bool = False
     """Regularisation images: shown until there are as many showings of them as of the others in the
     group, their loss weighed by `prior_loss_weight`."""
+    output_preservation: bool = Field(
+        False,
+        json_schema_extra=known_as(
+            formula="target = the base's own prediction of the same noisy latents",
+            sd_scripts="custom_attributes.diff_output_preservation of a subset (there without "
+            "is_reg too)",
+            guides="differential output preservation",
+        ),
+    )
+    """Train these regularisation images (`is_reg`) towards what the base alone predicts, not
+    towards the images, so that nothing but what is trained changes; it costs a second prediction
+    of each."""
     group: int = Field(0, ge=0)
     """Regularisation images keep the balance with the sets of their own group; sd-scripts calls a
     group a data set."""

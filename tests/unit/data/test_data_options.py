@@ -23,6 +23,7 @@ VALUES: dict[str, Any] = {
     "manifest": "list.jsonl",
     "repeats": 3,
     "is_reg": True,
+    "output_preservation": True,
     "group": 2,
     "validation_split": 0.25,
     "validation_seed": 7,
@@ -63,9 +64,12 @@ HARMONIOUS: dict[str, Any] = {
     "fit": "crop",
     "alpha_mask": False,
     "is_reg": False,
+    "output_preservation": False,
     "enable_bucket": True,
     "bucket_no_upscale": False,
 }
+# What a word cannot stand without.
+BESIDE: dict[str, dict[str, Any]] = {"output_preservation": {"is_reg": True}}
 BUCKET_SIDES = ("min_bucket_reso", "max_bucket_reso")
 # Null in a set stands for what suits the family and the resolution.
 SIZES = ("resolution", "bucket_reso_steps", *BUCKET_SIDES)
@@ -102,15 +106,16 @@ def test_every_word_of_a_set_has_a_value_here():
 def test_a_word_of_the_section_holds_for_sets_that_lack_it_and_only_for_these(word: str):
     value, default = VALUES[word], SetWords.model_fields[word].default
     own = "other" if word == "folder" else default
-    (alone,) = sets_of({"folder": "other"})
-    without, kept = sets_of({}, {"folder": "other", word: own}, **{"folder": "other", word: value})
+    beside = {"folder": "other", **BESIDE.get(word, {})}
+    (alone,) = sets_of(beside)
+    without, kept = sets_of({}, {**beside, word: own}, **{**beside, word: value})
     assert getattr(without, word) == value != getattr(alone, word)
     assert kept == alone
     if word not in SIZES:
         assert getattr(kept, word) == own
     for other in set(VALUES) - {word, *BUCKET_SIDES}:
         assert getattr(without, other) == getattr(alone, other)
-    lacks, has = sets_of({"folder": "other"}, {"folder": "other", word: value})
+    lacks, has = sets_of(beside, {**beside, word: value})
     assert lacks == alone
     assert getattr(has, word) == value
 
@@ -151,6 +156,9 @@ def test_a_set_that_is_held_out_draws_nothing_and_keeps_its_size():
     assert (held.caption_prefix, held.fit) == ("before", "crop")
     assert one.held_out().folder == "images"
     assert one.draws_pictures
+    (reg,) = sets_of({"folder": "a", "is_reg": True, "output_preservation": True})
+    assert reg.output_preservation
+    assert not reg.held_out("elsewhere").output_preservation
 
 
 # -- there and back
@@ -290,6 +298,11 @@ CHECKS: list[tuple[dict[str, Any], str]] = [
         "face_crop_aug_range [2.0, 1.0]: the first is the lower one.",
     ),
     ({"alpha_mask": True, "mask_folder": "m"}, "alpha_mask and mask_folder: give one of them."),
+    (
+        {"output_preservation": True},
+        "output_preservation is for regularisation images, and these are trained for what they "
+        "show. Set is_reg: true, or leave output_preservation out.",
+    ),
     (
         {"max_bucket_reso": 320},
         "max_bucket_reso 320 is smaller than a side of resolution 512x512. Raise it to 512, or "

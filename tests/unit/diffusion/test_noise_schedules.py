@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from raylora.base.errors import WeightsError
-from raylora.diffusion.schedules import alphas_cumprod
+from raylora.diffusion.schedules import alphas_cumprod, rescaled_zero_terminal
 
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+GOLDEN: dict[str, Any] = json.loads(
+    (Path(__file__).parents[2] / "golden" / "losses.json").read_text()
+)["zero_terminal_snr"]
 TINY = Path(__file__).parents[3] / "jobs/quickstart/tiny-sd/scheduler/scheduler_config.json"
 
 
@@ -48,3 +54,40 @@ def test_an_unknown_schedule_is_named():
     config = {"beta_start": 0.1, "beta_end": 0.2, "beta_schedule": "squaredcos_cap_v2"}
     with pytest.raises(WeightsError, match="beta_schedule 'squaredcos_cap_v2'; raylora knows"):
         alphas_cumprod(config)
+
+
+def test_a_zero_terminal_schedule_is_the_old_ones_root_shifted_and_scaled():
+    # Lin et al. 2023, algorithm 1, number by number
+    before = alphas_cumprod(SD15)
+    kept = before.clone()
+    after = rescaled_zero_terminal(before)
+    first, last = math.sqrt(before[0].item()), math.sqrt(before[-1].item())
+    for t in (0, 1, 250, 500, 900, 998):
+        root = (math.sqrt(before[t].item()) - last) * first / (first - last)
+        assert after[t].item() == pytest.approx(root**2, rel=1e-12)
+    assert after.dtype == torch.float64
+    assert after[0] == before[0]
+    assert after[-1] == 0
+    assert (after.diff() < 0).all()
+    assert torch.equal(before, kept)
+    assert_close(rescaled_zero_terminal(after), after, rtol=1e-14, atol=0)
+
+
+def test_sd_scripts_rescales_likewise():
+    after = rescaled_zero_terminal(alphas_cumprod(SD15))[GOLDEN["timesteps"]]
+    expected = torch.tensor(GOLDEN["alphas_cumprod"], dtype=torch.float64)
+    # theirs is a product of fp32 numbers, each made of the one before: 2e-7 is left at the end
+    assert_close(after[:5], expected[:5], rtol=1e-5, atol=0)
+    assert_close(after[5:], expected[5:], rtol=2e-3, atol=0)
+    snr = after / (1 - after)
+    expected = torch.tensor(GOLDEN["snr"], dtype=torch.float64)
+    assert_close(snr[1:5], expected[1:5], rtol=4e-5, atol=0)  # 1 - alpha, of fp32 alphas
+    assert_close(snr[:1], expected[:1], rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_diffusers_rescales_likewise():
+    import diffusers
+
+    theirs = diffusers.DDPMScheduler(**SD15, rescale_betas_zero_snr=True).alphas_cumprod.double()
+    assert_close(rescaled_zero_terminal(alphas_cumprod(SD15)), theirs, rtol=5e-4, atol=1e-7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from raylora.diffusion.process import Prediction, Process
-from raylora.diffusion.schedules import alphas_cumprod
+from raylora.diffusion.schedules import alphas_cumprod, rescaled_zero_terminal
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 GOLDEN: dict[str, Any] = json.loads(
@@ -80,6 +81,26 @@ def test_the_latents_dtype_stays(dtype: torch.dtype):
     chosen = process("v_prediction")
     assert chosen.noisy(latents, noise, TIMESTEPS).dtype == dtype
     assert chosen.target(latents, noise, TIMESTEPS).dtype == dtype
+
+
+def test_the_snr_of_every_timestep_is_that_of_each():
+    chosen, every = process("epsilon"), torch.arange(1000)
+    assert torch.equal(chosen.snr(every), chosen.snr_by_timestep)
+    assert chosen.steps == len(chosen.snr_by_timestep) == 1000
+
+
+def test_tables_are_reckoned_once_and_belong_to_their_process():
+    chosen, latents, noise = process("v_prediction"), normal(1), normal(2)
+    chosen.noisy(latents, noise, TIMESTEPS)
+    kept = chosen._shares
+    chosen.target(latents, noise, TIMESTEPS)
+    assert chosen._shares is kept
+    other = replace(chosen, alphas_cumprod=rescaled_zero_terminal(chosen.alphas_cumprod))
+    last = torch.full((4,), 999)
+    assert torch.equal(other.noisy(latents, noise, last), noise)
+    assert torch.equal(other.target(latents, noise, last), -latents)
+    assert torch.equal(other.snr(last), torch.zeros(4, dtype=torch.float64))
+    assert not torch.equal(chosen.noisy(latents, noise, last), noise)
 
 
 def test_sd_scripts_computes_the_same():

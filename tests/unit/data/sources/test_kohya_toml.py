@@ -351,7 +351,8 @@ def test_what_is_not_used_is_said_once(tmp_path: Path, caplog: pytest.LogCapture
         f"{url}: batch_size is not used: a step holds training.images_per_step images.",
         f"{url}: network_multiplier is not used: sd-scripts does not use it either.",
         f"{url}: cache_info is not used: the cache remembers sizes and captions by itself.",
-        f"{url}: custom_attributes is not used: nothing reads them.",
+        f"{url}: custom_attributes is not used, except diff_output_preservation: nothing reads the "
+        "others.",
     ]
 
 
@@ -365,11 +366,28 @@ def test_values_that_ask_for_nothing_are_passed_over_in_silence(
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_diff_output_preservation_is_refused_wherever_it_is_asked_for(table: str, tmp_path: Path):
-    name = NAMES[table]
-    asked = {"custom_attributes": {"diff_output_preservation": True}}
-    [problem] = problems_of(written(tmp_path, **{name: asked}))
-    place = f"{TABLES[table]}.custom_attributes.diff_output_preservation"
-    assert problem.startswith(f"{place}: raylora cannot do this yet")
-    unasked = {"custom_attributes": {"diff_output_preservation": False}}
-    assert read_kohya_sets(written(tmp_path, **{name: unasked})) == [PLAIN]
+def test_diff_output_preservation_is_a_word_of_a_set(
+    table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for asked in (True, False):
+        given = {"custom_attributes": {"diff_output_preservation": asked}}
+        with caplog.at_level(logging.WARNING, "raylora.data"):
+            [found] = read_kohya_sets(written(tmp_path, **{NAMES[table]: given}))
+        assert found == {**PLAIN, "output_preservation": asked}
+    assert caplog.records == []
+
+
+def test_an_inner_table_of_attributes_hides_the_outer_one(tmp_path: Path):
+    outer = {"custom_attributes": {"diff_output_preservation": True}}
+    for inner in ({}, {"mood": "dark"}):
+        url = written(tmp_path, outer, subset={"custom_attributes": inner})
+        assert read_kohya_sets(url) == [PLAIN]
+
+
+@pytest.mark.parametrize("value", ["false", 1, None, {}])
+def test_diff_output_preservation_is_true_or_false(value: Any, tmp_path: Path):
+    # sd-scripts asks Python whether it is true, which "false" is
+    asked = {"custom_attributes": {"diff_output_preservation": value}}
+    [problem] = problems_of(written(tmp_path, subset=asked))
+    place = "datasets[0].subsets[0].custom_attributes.diff_output_preservation"
+    assert problem == f"{place} is {json.dumps(value)}: it takes true or false."

@@ -1,0 +1,205 @@
+"""What each optimizer is: its class, its package, and what raylora must know of its ways."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from raylora.base.errors import OptionError
+from raylora.base.lookup import did_you_mean
+from raylora.optim.foreign import arguments_of, as_target, load_class
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One optimizer.
+
+    Attributes:
+        target: its class, as `module:Class`.
+        extra: which of raylora's extras brings its package; "" where none is needed.
+        spellings: how sd-scripts writes it; read in any case.
+        rate: the peak rate where the job gives none.
+        betas: how many it has.
+        eps, weight_decay: whether it has one number of that name.
+        shapes: it looks at a layer's shape, or may; else it moves one flat tensor a group.
+        estimates_rate: it finds the size of its steps; the rate only scales it.
+        first_rate_only: it reads the rate of its first group alone.
+        schedule_free: what is trained and what people get differ; see `state.shown_values`.
+        paged: its state moves between the GPU's and the host's memory.
+        always: arguments that are always given; a job's own replace them.
+    """
+
+    target: str
+    extra: str = ""
+    spellings: tuple[str, ...] = ()
+    rate: float = 1e-4
+    betas: int = 2
+    eps: bool = True
+    weight_decay: bool = True
+    shapes: bool = False
+    estimates_rate: bool = False
+    first_rate_only: bool = False
+    schedule_free: bool = False
+    paged: bool = False
+    always: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _bnb(name: str, **ways: Any) -> Kind:
+    paged = name.startswith("Paged")
+    return Kind(f"bitsandbytes.optim:{name}", "bnb", (name,), paged=paged, **ways)
+
+
+def _dadapt(name: str, *spellings: str, module: str = "dadaptation", **ways: Any) -> Kind:
+    return Kind(
+        f"{module}:{name}", "optimizers", spellings or (name,), 1.0, estimates_rate=True, **ways
+    )
+
+
+_LION: dict[str, Any] = {"rate": 3e-5, "eps": False}
+# Chen et al. 2023: Lion's rate is 3-10 times smaller than AdamW's, since each step is a whole sign.
+
+KINDS: dict[str, Kind] = {
+    # fused: one pass over the buffer, on a CPU a tenth of the time for a large adapter
+    "adamw": Kind("torch.optim:AdamW", spellings=("AdamW",), always={"fused": True}),
+    "adamw8bit": _bnb("AdamW8bit"),
+    "paged_adamw": _bnb("PagedAdamW"),
+    "paged_adamw8bit": _bnb("PagedAdamW8bit"),
+    "paged_adamw32bit": _bnb("PagedAdamW32bit"),
+    "ademamix8bit": _bnb("AdEMAMix8bit", betas=3),
+    "paged_ademamix8bit": _bnb("PagedAdEMAMix8bit", betas=3),
+    "lion": Kind("lion_pytorch:Lion", "optimizers", ("Lion",), **_LION),
+    "lion8bit": _bnb("Lion8bit", **_LION),
+    "paged_lion8bit": _bnb("PagedLion8bit", **_LION),
+    "adafactor": Kind(
+        "transformers.optimization:Adafactor",
+        spellings=("AdaFactor",),
+        betas=0,
+        eps=False,
+        shapes=True,
+    ),
+    "prodigy": Kind("prodigyopt:Prodigy", "optimizers", ("Prodigy",), 1.0, estimates_rate=True),
+    "dadaptation": _dadapt(
+        "DAdaptAdamPreprint",
+        "DAdaptation",
+        "DAdaptAdamPreprint",
+        module="dadaptation.experimental",
+    ),
+    "d_adapt_adagrad": _dadapt("DAdaptAdaGrad", betas=0, first_rate_only=True),
+    "d_adapt_adam": _dadapt("DAdaptAdam"),
+    "d_adapt_adan": _dadapt("DAdaptAdan", betas=3, first_rate_only=True),
+    "d_adapt_adan_ip": _dadapt(
+        "DAdaptAdanIP", module="dadaptation.experimental", betas=3, first_rate_only=True
+    ),
+    "d_adapt_lion": _dadapt("DAdaptLion", eps=False),
+    "d_adapt_sgd": _dadapt("DAdaptSGD", betas=0, eps=False),
+    "sgd_nesterov": Kind(
+        "torch.optim:SGD",
+        spellings=("SGDNesterov",),
+        rate=1e-3,
+        betas=0,
+        eps=False,
+        always={"nesterov": True, "momentum": 0.9},
+    ),
+    "sgd_nesterov8bit": Kind(
+        "bitsandbytes.optim:SGD8bit",
+        "bnb",
+        ("SGDNesterov8bit",),
+        1e-3,
+        betas=0,
+        eps=False,
+        always={"nesterov": True, "momentum": 0.9},
+    ),
+    "adamw_schedule_free": Kind(
+        "schedulefree:AdamWScheduleFree", "optimizers", ("AdamWScheduleFree",), schedule_free=True
+    ),
+    "sgd_schedule_free": Kind(
+        "schedulefree:SGDScheduleFree",
+        "optimizers",
+        ("SGDScheduleFree",),
+        1.0,
+        betas=0,
+        eps=False,
+        schedule_free=True,
+    ),
+    "radam_schedule_free": Kind(
+        "schedulefree:RAdamScheduleFree", "optimizers", ("RAdamScheduleFree",), schedule_free=True
+    ),
+}
+"""Optimizers by the word in the YAML."""
+
+_SPELLED = {
+    spelling.lower(): name for name, kind in KINDS.items() for spelling in (name, *kind.spellings)
+}
+_TARGETS = {kind.target: name for name, kind in KINDS.items() if "nesterov" not in kind.always}
+
+
+def normal_name(given: str) -> str:
+    """The word for an optimizer that is written in raylora's way or in sd-scripts'.
+
+    Raises:
+        OptionError: it is neither a known optimizer nor `module:Class`.
+    """
+    if known := _SPELLED.get(given.lower()):
+        return known
+    target = as_target(given, "torch.optim")
+    if target is None:
+        raise OptionError(
+            f"optimizer.name is {given!r}, which is not known.{did_you_mean(given, KINDS)} Any "
+            "other optimizer is named `module:Class`, e.g. torch.optim:NAdam."
+        )
+    return _TARGETS.get(target, target)
+
+
+def kind_of(name: str) -> Kind:
+    """The kind behind a normal name; that of a `module:Class` is read from its signature."""
+    return KINDS[name] if name in KINDS else _foreign(name)
+
+
+@lru_cache
+def _foreign(target: str) -> Kind:
+    cls = load_optimizer(Kind(target))
+    arguments = arguments_of(cls)
+    if "lr" not in arguments:
+        raise OptionError(
+            f"optimizer.name is {target}, whose lr cannot be set. Choose an optimizer with `lr`."
+        )
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise OptionError(
+            f"optimizer.name is {target}, which asks for the loss anew within a step (`closure`); "
+            "a global step has one gradient. Choose another."
+        )
+    eps = arguments.get("eps")
+    betas = arguments["betas"].default if "betas" in arguments else ()
+    return replace(
+        Kind(target),
+        betas=len(betas) if isinstance(betas, tuple | list) else 2,
+        eps=eps is not None and not isinstance(eps.default, tuple | list),
+        weight_decay="weight_decay" in arguments,
+        shapes=True,
+        schedule_free=callable(getattr(cls, "train", None))
+        and callable(getattr(cls, "eval", None)),
+    )
+
+
+def load_optimizer(kind: Kind) -> type[torch.optim.Optimizer]:
+    """The class of a kind.
+
+    Raises:
+        OptionError: its package is not installed; the message names the extra that brings it.
+    """
+    if kind.extra:
+        package = kind.target.partition(":")[0].partition(".")[0]
+        try:
+            __import__(package)
+        except ImportError:
+            raise OptionError(
+                f"optimizer.name needs the package {package}, which is not installed here. "
+                f'pip install "raylora[{kind.extra}]", or choose optimizer.name: adamw.'
+            ) from None
+    return load_class(kind.target, torch.optim.Optimizer, "optimizer.name")

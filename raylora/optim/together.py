@@ -1,0 +1,90 @@
+"""What optimizer, schedule and the trained parts do not agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from raylora.optim.options import OptimizerOptions
+from raylora.optim.schedules import ScheduleOptions
+
+
+def rate_problems(
+    optimizer: OptimizerOptions,
+    schedule: ScheduleOptions,
+    *,
+    trains_denoiser: bool,
+    trains_text: bool,
+) -> list[str]:
+    """One sentence for each pair of options that cannot work together or would have no effect."""
+    return [
+        *_schedule_problems(optimizer, schedule),
+        *_part_problems(optimizer, trains_denoiser, trains_text),
+    ]
+
+
+def _schedule_problems(optimizer: OptimizerOptions, schedule: ScheduleOptions) -> Iterator[str]:
+    steady = schedule.name in ("constant", "constant_with_warmup")
+    if schedule.name == "adafactor" and not optimizer.own_rate:
+        yield (
+            f"schedule.name is adafactor, and optimizer.name {optimizer.name} does not find its own "
+            "rate. Choose another schedule, or adafactor in its relative form."
+        )
+    elif optimizer.own_rate and not (
+        schedule.name == "adafactor" or (steady and not schedule.warmup_steps)
+    ):
+        yield (
+            f"schedule.name is {schedule.name}, and adafactor in its relative form finds its own "
+            "rate. Leave the schedule out, or set optimizer.args.relative_step: false; "
+            "optimizer.args.warmup_init: true warms up the relative form."
+        )
+    if optimizer.schedule_free and optimizer.name.endswith("schedule_free"):
+        if not steady:
+            yield (
+                f"schedule.name is {schedule.name}, and {optimizer.name} averages instead of "
+                "lowering the rate. Leave the schedule out; schedule.warmup_steps may stay."
+            )
+        elif schedule.warmup_steps and "warmup_steps" in optimizer.args:
+            yield (
+                "schedule.warmup_steps and optimizer.args.warmup_steps would warm up twice. Leave "
+                "one out."
+            )
+
+
+def _part_problems(
+    optimizer: OptimizerOptions, trains_denoiser: bool, trains_text: bool
+) -> Iterator[str]:
+    parts = (
+        (
+            trains_denoiser,
+            "denoiser",
+            {
+                "denoiser_rate": optimizer.denoiser_rate is not None,
+                "lora_plus_denoiser_ratio": optimizer.lora_plus_denoiser_ratio is not None,
+                "block_rates": optimizer.block_rates.given,
+            },
+        ),
+        (
+            trains_text,
+            "text_encoder",
+            {
+                "text_encoder_rate": optimizer.text_encoder_rate is not None,
+                "text_encoder_stop": optimizer.text_encoder_stop is not None,
+                "lora_plus_text_encoder_ratio": optimizer.lora_plus_text_encoder_ratio is not None,
+            },
+        ),
+    )
+    for trained, part, words in parts:
+        for word, given in words.items():
+            if given and not trained:
+                yield (
+                    f"optimizer.{word} is given, and network.train leaves the {part} out. Leave it "
+                    "out, or set network.train: both."
+                )
+    trained_parts = [
+        part for part, on in (("denoiser", trains_denoiser), ("text_encoder", trains_text)) if on
+    ]
+    if trained_parts and all(optimizer.rate_of(part) == 0 for part in trained_parts):  # type: ignore[arg-type]
+        yield (
+            f"The rate of all that network.train chooses ({', '.join(trained_parts)}) is 0. Give "
+            "it a rate, or train another part."
+        )
