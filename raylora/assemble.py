@@ -31,7 +31,13 @@ from raylora.families import Family
 from raylora.header import adapter_facts, image_facts
 from raylora.job import Job
 from raylora.models import PRECISIONS, Adapted, load_adapted, open_family
-from raylora.optim.optimizers import make_optimizer
+from raylora.optim.groups import rates_at, text_stop_step
+from raylora.optim.optimizers import (
+    make_optimizer,
+    optimizer_problem,
+    sets_rate,
+    wants_shapes,
+)
 from raylora.optim.schedules import make_schedule
 from raylora.training.finish import finish_run
 from raylora.training.ema import Ema
@@ -92,6 +98,8 @@ def base_problems(job: Job, family: Family) -> list[str]:
     process = trained_process(family.process, job.noise)
     step = family.size_step
     found = [*noise_problems(job.noise, family.process), *loss_problems(job.loss, process)]
+    problem = optimizer_problem(job.optimizer, pick_device(job).type)
+    found += [problem] if problem else []
     sides = {}
     for number, options in enumerate(job.sets):
         place = f"data.sets.{number}" if job.data.sets else "data"
@@ -266,7 +274,6 @@ def _make_parts(
     models = load_adapted(job, family, device)
     adapter = models.adapter
     process = trained_process(family.process, job.noise)
-    stop = job.optimizer.text_encoder_stop
     exact_sums = job.training.sums == "exact"
     if exact_sums and device.type == "cpu":
         # More threads cut a layer's own sums into other pieces.
@@ -278,7 +285,7 @@ def _make_parts(
         adapter=adapter,
         predict=family.predict,
         read_text=_text_reader(family, models, dtype, device),
-        text_stops=None if stop is None else math.ceil(stop * total),
+        text_stops=text_stop_step(job.optimizer, total),
         process=process,
         loss=make_loss(
             job.loss,
@@ -300,6 +307,39 @@ def _make_parts(
         dtype=dtype,
         device=device,
         skip_broken=job.training.on_nan == "skip",
+    )
+
+
+def adapter_optimizer(job: Job, models: Adapted) -> torch.optim.Optimizer:
+    """The optimizer over the adapter's groups."""
+    adapter, shapes = models.adapter, wants_shapes(job.optimizer)
+    return make_optimizer(
+        job.optimizer,
+        [
+            {
+                "params": adapter.leaves(i) if shapes else [adapter.flat(i)],
+                "rate": group.rate,
+                "name": group.name,
+            }
+            for i, group in enumerate(models.groups)
+        ],
+    )
+
+
+def _make_mover(job: Job, models: Adapted, total: int) -> Mover:
+    """The optimizer, and the rate of each group at every step."""
+    options, groups = job.optimizer, models.groups
+    factor = make_schedule(job.schedule, total, abs(options.rate))
+    most = job.network.max_norm
+    return Mover(
+        optimizer=adapter_optimizer(job, models),
+        names=[group.name for group in groups],
+        signs=[group.sign for group in groups],
+        rates=(lambda step: rates_at(groups, factor, step, total, options))
+        if sets_rate(options)
+        else None,
+        max_grad_norm=options.max_grad_norm,
+        cap=NormCap(models.adapter, most) if most is not None else None,
     )
 
 

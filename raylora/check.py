@@ -53,7 +53,8 @@ def check_job(job: Job, *, rehash: bool = False) -> Checked:
         JobError: every problem that was found, one sentence each.
     """
     problems: list[str] = []
-    if _collect(problems, lambda: open_storage(job.store).check() or True):
+    _collect(problems, lambda: open_storage(job.store).check())
+    if not problems:
         job = with_seed(job)
     family = _collect(problems, lambda: open_family(job))
     plans: list[CachePlan] = []

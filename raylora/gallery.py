@@ -13,10 +13,12 @@ import torch
 from raylora.base.errors import DataError, OptionError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage
+from raylora.diffusion.noise import trained_process
+from raylora.diffusion.samplers import starts_from_pure_noise
 from raylora.job import Job, job_from
 from raylora.models import PRECISIONS, open_family
 from raylora.serving.library import Checkpoint, Library, Recent
-from raylora.serving.options import RenderRequest, ServeOptions, picture_options
+from raylora.serving.options import RenderRequest, ServeOptions, picture_settings
 from raylora.serving.studio import Studio
 
 log = get_logger("serve")
@@ -62,20 +64,19 @@ class Gallery:
         started = time.perf_counter()
         job = job_from(self._library.job(run))
         studio = self._studio(job)
-        step = studio.family.size_step
-        options = picture_options(request, job.preview, self._options, size_step=step)
-        png = studio.draw(
-            self._library,
-            checkpoint,
-            request.strength,
-            options,
-            request.prompt,
-            stream=request.stream,
+        process = trained_process(studio.family.process, job.noise)
+        settings = picture_settings(
+            request,
+            job.preview,
+            self._options,
+            size_step=studio.family.size_step,
+            pure_noise=starts_from_pure_noise(process),
         )
+        png = studio.draw(self._library, checkpoint, settings, process=process)
         seconds = time.perf_counter() - started
         name, hash_ = (checkpoint.name, checkpoint.hash) if checkpoint else (NO_ADAPTER,) * 2
-        log.info("%s %dx%d  %.2f s", name, options.width, options.height, seconds)
-        return Picture(png, name, hash_, options.seed, seconds)
+        log.info("%s %dx%d  %.2f s", name, settings.width, settings.height, seconds)
+        return Picture(png, name, hash_, settings.seed, seconds)
 
     def _studio(self, job: Job) -> Studio:
         """The job's base; the one before leaves first, since two may not fit."""
@@ -164,6 +165,7 @@ def catalogue(library: Library) -> list[dict[str, Any]]:
 def example(library: Library, options: ServeOptions) -> dict[str, Any]:
     """A request that works, for people to try."""
     run = options.base or library.runs()[0]
-    prompts = library.job(run)["preview"]["prompts"]
+    pictures = job_from(library.job(run)).preview.pictures()
+    prompt = pictures[0].prompt if pictures else "a red heart"
     adapter = run if library.checkpoints(run) else None
-    return {"prompt": prompts[0] if prompts else "a red heart", "adapter": adapter, "seed": 1}
+    return {"prompt": prompt, "adapter": adapter, "seed": 1}

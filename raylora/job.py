@@ -26,6 +26,7 @@ from raylora.fleet import FleetOptions
 from raylora.networks import NetworkOptions, get_network
 from raylora.optim.optimizers import OptimizerOptions
 from raylora.optim.schedules import ScheduleOptions
+from raylora.optim.together import rate_problems
 from raylora.preview.options import PreviewOptions
 from raylora.training.ema import EmaOptions
 from raylora.training.options import (
@@ -97,12 +98,12 @@ class Job(Options):
     @model_validator(mode="before")
     @classmethod
     def _text_in_training_is_not_cached(cls, given: Any) -> Any:
-        """Captions are read anew where their encoder changes, whatever is the default."""
+        """Captions are read anew where their encoder changes, whatever the job says."""
         if not isinstance(given, Mapping):
             return given
         network, data = given.get("network"), given.get("data")
         trained = isinstance(network, Mapping) and network.get("train", "denoiser") != "denoiser"
-        if not trained or not isinstance(data, Mapping) or "cache_text" in data:
+        if not trained or not isinstance(data, Mapping):
             return given
         return {**given, "data": {**data, "cache_text": False}}
 
@@ -183,28 +184,14 @@ class Job(Options):
 def _part_problems(job: Job) -> Iterable[str]:
     """What network, optimizer and the rest do not agree on."""
     network, optimizer, train = job.network, job.optimizer, job.network.train
-    if network.trains_text and job.data.cache_text:
-        yield (
-            f"data.cache_text is true, and network.train: {train} changes the encoder whose "
-            "output would be cached. Leave data.cache_text out, or set it to false."
-        )
     if network.initial_ranks and network.initial is None:
         yield "network.initial_ranks takes the ranks of network.initial, which is not given."
-    of_text = ("text_encoder_rate", "text_encoder_stop", "lora_plus_text_encoder_ratio")
-    of_denoiser = ("denoiser_rate", "block_rates", "lora_plus_denoiser_ratio")
-    idle = [] if network.trains_text else list(of_text)
-    idle += [] if network.trains_denoiser else list(of_denoiser)
-    for word in idle:
-        if getattr(optimizer, word) is not None:
-            wanted = "both or text_encoder" if word in of_text else "both or denoiser"
-            yield (
-                f"optimizer.{word} is given, and network.train: {train} leaves that part out. Set "
-                f"network.train to {wanted}, or leave the option out."
-            )
-    if optimizer.text_encoder_rate == 0 or optimizer.denoiser_rate == 0:
-        part = "text_encoder" if optimizer.text_encoder_rate == 0 else "denoiser"
-        if train != "both":
-            yield f"optimizer.{part}_rate is 0, and nothing else is trained. Give it a rate."
+    yield from rate_problems(
+        optimizer,
+        job.schedule,
+        trains_denoiser=network.trains_denoiser,
+        trains_text=network.trains_text,
+    )
     if optimizer.text_encoder_stop is not None and train == "text_encoder":
         yield (
             "optimizer.text_encoder_stop: nothing would be trained after it, since network.train "

@@ -18,7 +18,7 @@ from raylora.adapt.dropout import Dropout
 from raylora.adapt.initial import Initial, initial_weights
 from raylora.adapt.lora_file import AdapterFile, read_adapter
 from raylora.adapt.merge import file_parts, merge_lora
-from raylora.base.errors import MissingObject, OptionError, WeightsError
+from raylora.base.errors import MissingObject, WeightsError
 from raylora.base.fetch import local_folder
 from raylora.base.site import Site
 from raylora.base.storage import open_storage
@@ -131,8 +131,8 @@ def load_adapted(job: Job, family: Family, device: torch.device) -> Adapted:
     groups = make_groups(
         job.optimizer,
         first.sites,
-        {site.name: list(first.weights[site.name]) for site in first.sites},
-        images_per_step=job.training.images_per_step,
+        lambda site: list(first.weights[site.name]),
+        job.training.images_per_step,
     )
     adapter = Adapter(
         get_network(network.kind),
@@ -165,13 +165,7 @@ def first_of(job: Job, family: Family, denoiser: nn.Module, encoders: Models) ->
         sites += family.sites(denoiser, options.layers, convolutions=options.convolutions)
     if options.trains_text:
         sites += family.text_sites(encoders, options.layers)
-    first = _first(job, trained_sites(job.optimizer, sites))
-    if not first.sites:
-        raise OptionError(
-            "no layer is left to train: every rate of optimizer.block_rates and of the parts is 0, "
-            "or network.initial has none of the layers. Give one of them a rate."
-        )
-    return first
+    return _first(job, trained_sites(job.optimizer, sites))
 
 
 def _first(job: Job, sites: Sequence[Site]) -> Initial:

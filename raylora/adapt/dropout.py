@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,19 +18,11 @@ from torch import Tensor
 
 from raylora.base.seeds import draw_generator
 from raylora.base.site import Site
-from raylora.networks import Gate
+from raylora.networks import Gate, NetworkOptions
 
 _LOW = 0xFFFFFFFF
 _WORDS = 6
 """32-bit words of a sample at a step: two for each of the three kinds of mask."""
-
-
-class Rates(Protocol):
-    """The options that dropout reads; `NetworkOptions` has them."""
-
-    dropout: float
-    rank_dropout: float
-    module_dropout: float
 
 
 class Dropout:
@@ -42,7 +33,7 @@ class Dropout:
         seed: `training.seed`.
     """
 
-    def __init__(self, options: Rates, *, seed: int) -> None:
+    def __init__(self, options: NetworkOptions, *, seed: int) -> None:
         self._options = options
         self._seed = seed
         self._words: NDArray[np.int64] | None = None

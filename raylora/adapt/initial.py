@@ -125,7 +125,10 @@ def _refuse_untrained(modules: Mapping[str, AdapterModule], sites: Sequence[Site
     elif any("resnets" in name or "samplers" in name for name in left):
         remedy = "set network.kind: locon"
     else:
-        remedy = "set network.layers: attention_mlp, or name the base that the file is for"
+        remedy = (
+            "train them too (network.layers, optimizer.block_rates), or name the base that the "
+            "file is for"
+        )
     raise WeightsError(
         f"network.initial has {len(left)} layers that this job does not train, "
         f"{_some(left)}. So that nothing of it is lost, {remedy}; or start from another file."

@@ -115,7 +115,11 @@ def peft_key(name: str, half: Half) -> str:
 
 def is_peft_key(key: str) -> bool:
     """Whether it is half of a module in a file of diffusers' own naming."""
-    return key.partition(".")[0] in _KOHYA_PREFIX and key.endswith(tuple(_PEFT_HALF.values()))
+    ending = next((ending for ending in _PEFT_HALF.values() if key.endswith(ending)), None)
+    if ending is None:
+        return False
+    component, _, path = key.removesuffix(ending).partition(".")
+    return component in _KOHYA_PREFIX and path != ""
 
 
 def component_of(name: str) -> str:

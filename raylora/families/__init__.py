@@ -29,6 +29,7 @@ from raylora.base.lookup import load_plugin
 from raylora.base.options import Options, known_as
 from raylora.base.site import Site
 from raylora.diffusion.process import Process
+from raylora.diffusion.samplers import DrawNoise, Sampler
 
 Models = Mapping[str, nn.Module]
 """Component -> model."""
@@ -191,7 +192,7 @@ class Family(ABC):
 
 
 class Renderer(Protocol):
-    """Draws one picture with the denoiser it was made of."""
+    """Draws one picture with the models it was made of."""
 
     def render(
         self,
@@ -201,8 +202,17 @@ class Renderer(Protocol):
         latents: Tensor,
         steps: int,
         guidance: float,
+        sampler: Sampler = "ddim",
+        noise: DrawNoise | None = None,
+        process: Process | None = None,
     ) -> NDArray[np.uint8]:
-        """A picture (H, W, 3) from starting noise (1, C, h, w), standard normal."""
+        """A picture (H, W, 3).
+
+        Args:
+            latents: (1, C, h, w), standard normal.
+            noise: for samplers that draw, which euler_a and dpm_2_a are.
+            process: what was trained, where that is not what the base was.
+        """
 
 
 def _again(module: nn.Module, *inputs: Any) -> Any:

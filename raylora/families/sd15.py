@@ -24,6 +24,7 @@ from raylora.diffusion.attention import attention
 from raylora.diffusion.clip_text import Chunks, caption_tokens, chunk_captions, encode_chunks
 from raylora.diffusion.halving import in_halves
 from raylora.diffusion.process import Prediction, Process
+from raylora.diffusion.samplers import DrawNoise, Sampler, make_sampler
 from raylora.diffusion.schedules import alphas_cumprod
 from raylora.families import Family, FamilyOptions, Models, Renderer, site_of
 
@@ -349,7 +350,7 @@ class _Sd15Encoder:
 
 
 class _Sd15Renderer:
-    """diffusers' StableDiffusionPipeline with the base's own scheduler and our text."""
+    """diffusers' StableDiffusionPipeline with the base's own scheduler config and our text."""
 
     def __init__(
         self, parts: dict[str, Any], options: Sd15Options, denoiser: nn.Module, folder: Path
@@ -368,6 +369,8 @@ class _Sd15Renderer:
             requires_safety_checker=False,
         )
         self._pipeline.set_progress_bar_config(disable=True)
+        # As the pipeline leaves it: configs of old bases are mended there.
+        self._scheduler_config = dict(self._pipeline.scheduler.config)
 
     def render(
         self,
@@ -377,9 +380,15 @@ class _Sd15Renderer:
         latents: Tensor,
         steps: int,
         guidance: float,
+        sampler: Sampler = "ddim",
+        noise: DrawNoise | None = None,
+        process: Process | None = None,
     ) -> NDArray[np.uint8]:
         dtype, device = self._pipeline.unet.dtype, self._pipeline.unet.device
         factor = self._pipeline.vae_scale_factor
+        self._pipeline.scheduler = make_sampler(
+            sampler, self._scheduler_config, process=process, noise=noise
+        )
         with torch.no_grad():
             # One at a time, as the pipeline does: a batch of two sums in another order.
             wanted, unwanted = (

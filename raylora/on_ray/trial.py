@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from ray import tune
 
-from raylora.adapt.attach import Adapter, fresh_adapter
 from raylora.adapt.deltas import LowRank
 from raylora.adapt.proof import ExportProver
+from raylora.adapt.trained import low_ranks
 from raylora.assemble import (
-    PRECISIONS,
     Datasets,
+    adapter_optimizer,
     finish,
     make_run,
-    open_family,
     pick_device,
     total_steps,
 )
@@ -26,12 +25,14 @@ from raylora.base.log import start_logging
 from raylora.campaign import Campaign, Trial, measurements
 from raylora.data.steps import StepPlan
 from raylora.job import Job
-from raylora.networks import get_network
+from raylora.models import load_adapted, open_family
 from raylora.on_ray.resources import stand_in
+from raylora.optim.state import shown_values
 from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
 from raylora.training.loop import run_training
 from raylora.training.reduce import Alone
 from raylora.training.report import Row
+from raylora.training.state import restore_optimizer
 
 
 def run_trial(
@@ -75,7 +76,7 @@ def prove_trial(trial: Trial, folder: str) -> dict[str, Any]:
     file = trial.storage.read(f"checkpoints/{step:06d}/adapter.safetensors")
     with ExportProver() as prover:
         prover.start()  # its imports take seconds, which loading the base here takes too
-        report = prover.prove(file, _low_ranks(_adapter_at(trial, step)))
+        report = prover.prove(file, _shown_at(trial, step))
     return {"trial": trial.job.name, "steps": step, **asdict(report)}
 
 
@@ -123,30 +124,15 @@ def _train(trial: Trial, datasets: Datasets) -> None:
     teller.tell()
 
 
-def _adapter_at(trial: Trial, step: int) -> Adapter:
-    """The adapter as it was in training, from the checkpoint's exact values."""
-    job, cpu = trial.job, torch.device("cpu")
-    family = open_family(job)
-    dtype, exact = PRECISIONS[job.training.precision]
-    sites = family.sites(family.load_denoiser(dtype=dtype, device=cpu), job.network.layers)
-    adapter = fresh_adapter(
-        get_network(job.network.kind),
-        job.network,
-        sites,
-        seed=job.training.seed,
-        dtype=exact,
-        device=cpu,
-    )
-    adapter.values.data.copy_(read_checkpoint(trial.storage, step).tensors["values"])
-    return adapter
-
-
-def _low_ranks(adapter: Adapter) -> dict[str, LowRank]:
-    """Each site's (down, up, scale), from the trained values and not from a file."""
-    found = {}
-    for site in adapter.sites:
-        held = adapter.parameters[site.name]
-        shape = (..., None, None) if site.kind == "conv" else (...,)
-        down, up = (held[word].detach()[shape] for word in ("down", "up"))
-        found[site.name] = (down, up, adapter.scales[site.name])
-    return found
+def _shown_at(trial: Trial, step: int) -> dict[str, LowRank]:
+    """What people get of the adapter at a step, from the checkpoint's exact values."""
+    job = trial.job
+    models = load_adapted(job, open_family(job), torch.device("cpu"))
+    state = read_checkpoint(trial.storage, step)
+    models.adapter.values.data.copy_(state.tensors["values"])
+    if "ema" in state.tensors:
+        models.adapter.values.data.copy_(state.tensors["ema"])
+    optimizer = adapter_optimizer(job, models)
+    restore_optimizer(optimizer, state)
+    with shown_values(optimizer):
+        return low_ranks(models.adapter)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from raylora.base.errors import OptionError
 from raylora.base.site import Site
 from raylora.optim.block_rates import block_weights
@@ -119,6 +121,20 @@ def text_stop_step(options: OptimizerOptions, total_steps: int) -> int | None:
     if options.text_encoder_stop is None:
         return None
     return math.ceil(options.text_encoder_stop * total_steps)
+
+
+def leave_out(optimizer: torch.optim.Optimizer, groups: Sequence[Group], part: Part) -> None:
+    """Let the optimizer's next step pass over a part: without a gradient nothing of it moves.
+
+    A rate of 0 would not do for all: the schedule-free ones go on averaging.
+
+    Args:
+        optimizer: from `make_optimizer` over the tensors of `groups`, in their order.
+    """
+    for held, group in zip(optimizer.param_groups, groups, strict=True):
+        if group.part == part:
+            for parameter in held["params"]:
+                parameter.grad = None
 
 
 def rates_at(

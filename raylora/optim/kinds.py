@@ -28,7 +28,7 @@ class Kind:
         eps, weight_decay: whether it has one number of that name.
         shapes: it looks at a layer's shape, or may; else it moves one flat tensor a group.
         estimates_rate: it finds the size of its steps; the rate only scales it.
-        first_rate_only: it reads the rate of its first group alone.
+        never_zero: it divides by what a rate of 0 leaves at 0.
         schedule_free: what is trained and what people get differ; see `state.shown_values`.
         paged: its state moves between the GPU's and the host's memory.
         always: arguments that are always given; a job's own replace them.
@@ -43,7 +43,7 @@ class Kind:
     weight_decay: bool = True
     shapes: bool = False
     estimates_rate: bool = False
-    first_rate_only: bool = False
+    never_zero: bool = False
     schedule_free: bool = False
     paged: bool = False
     always: Mapping[str, Any] = field(default_factory=dict)
@@ -89,14 +89,12 @@ KINDS: dict[str, Kind] = {
         "DAdaptAdamPreprint",
         module="dadaptation.experimental",
     ),
-    "d_adapt_adagrad": _dadapt("DAdaptAdaGrad", betas=0, first_rate_only=True),
+    "d_adapt_adagrad": _dadapt("DAdaptAdaGrad", betas=0),
     "d_adapt_adam": _dadapt("DAdaptAdam"),
-    "d_adapt_adan": _dadapt("DAdaptAdan", betas=3, first_rate_only=True),
-    "d_adapt_adan_ip": _dadapt(
-        "DAdaptAdanIP", module="dadaptation.experimental", betas=3, first_rate_only=True
-    ),
+    "d_adapt_adan": _dadapt("DAdaptAdan", betas=3),
+    "d_adapt_adan_ip": _dadapt("DAdaptAdanIP", module="dadaptation.experimental", betas=3),
     "d_adapt_lion": _dadapt("DAdaptLion", eps=False),
-    "d_adapt_sgd": _dadapt("DAdaptSGD", betas=0, eps=False),
+    "d_adapt_sgd": _dadapt("DAdaptSGD", betas=0, eps=False, never_zero=True),
     "sgd_nesterov": Kind(
         "torch.optim:SGD",
         spellings=("SGDNesterov",),

@@ -25,15 +25,15 @@ class OptimizerOptions(Options):
         | {"examples": [*KINDS, "torch.optim:NAdam"]},
     )
     """adamw: Adam with decoupled weight decay, the one to start with. adamw8bit, ademamix8bit,
-    lion8bit: the state in 8 bits, for a third of the memory; paged_adamw, paged_adamw8bit,
-    paged_adamw32bit, paged_ademamix8bit, paged_lion8bit: it may also move to the host's memory (CUDA
-    only). lion: moves by signs; a third of AdamW's rate. adafactor: little state; without more, in
-    its relative form, which finds its own rate. prodigy, dadaptation, d_adapt_adagrad, d_adapt_adam,
-    d_adapt_adan, d_adapt_adan_ip, d_adapt_lion, d_adapt_sgd: estimate the rate; leave learning_rate
-    out. sgd_nesterov; sgd_nesterov8bit (bitsandbytes takes Nesterov's name and does plain momentum).
-    adamw_schedule_free, sgd_schedule_free, radam_schedule_free: average their way instead of
-    lowering the rate. Or any other as `module:Class`, e.g. torch.optim:NAdam. sd-scripts' spellings
-    are read too."""
+    lion8bit: the state in 8 bits, in a quarter of its memory; paged_adamw, paged_adamw8bit,
+    paged_adamw32bit, paged_ademamix8bit, paged_lion8bit: it may also move to the host's memory
+    (CUDA only). lion: moves by signs, at a third of AdamW's rate. adafactor: little state; without
+    more, in its relative form, which finds its own rate. prodigy, dadaptation, d_adapt_adagrad,
+    d_adapt_adam, d_adapt_adan, d_adapt_adan_ip, d_adapt_lion, d_adapt_sgd: estimate the rate; leave
+    learning_rate out. sgd_nesterov; sgd_nesterov8bit (bitsandbytes takes Nesterov's name and does
+    plain momentum). adamw_schedule_free, sgd_schedule_free, radam_schedule_free: average their way
+    instead of lowering the rate. Or any other as `module:Class`, e.g. torch.optim:NAdam.
+    sd-scripts' spellings are read too."""
     learning_rate: float | None = Field(
         None,
         json_schema_extra=known_as(
@@ -93,7 +93,7 @@ class OptimizerOptions(Options):
         gt=0,
         lt=1,
         json_schema_extra=known_as(
-            formula="rate 0 from step text_encoder_stop * steps on",
+            formula="nothing moves it from step text_encoder_stop * steps on",
             sd_scripts="none for LoRA (train_db.py: --stop_text_encoder_training, in steps)",
             guides="stop text encoder training",
         ),
@@ -307,11 +307,6 @@ def _own_rate_problem(options: OptimizerOptions) -> str | None:
                 f"optimizer.{word} is {rate:g}, and adafactor in its relative form finds its own "
                 "rate. Leave it out, or set optimizer.args.relative_step: false."
             )
-    if options.text_encoder_stop is not None:
-        return (
-            "optimizer.text_encoder_stop sets a rate to 0, and adafactor in its relative form "
-            "finds its own. Set optimizer.args.relative_step: false, or leave it out."
-        )
     return None
 
 
@@ -345,10 +340,10 @@ def _one_rate_problem(options: OptimizerOptions) -> str | None:
             f"{options.rate_of('text_encoder'):g}, and {reason}. Give optimizer.learning_rate "
             "alone."
         )
-    if options.text_encoder_stop is not None and options.kind.first_rate_only:
+    if options.text_encoder_stop is not None and options.estimates_rate:
         return (
-            f"optimizer.text_encoder_stop is given, and {name} has the same rate everywhere to "
-            "the end. Leave it out, or choose d_adapt_adam or prodigy."
+            f"optimizer.text_encoder_stop is given, and {reason}: the estimate would jump when a "
+            "part stops. Leave it out, or choose another optimizer."
         )
     return None
 
@@ -374,10 +369,10 @@ def _ratio_problem(options: OptimizerOptions) -> str | None:
     if options.text_encoder_rate == 0:
         for word in ("lora_plus_text_encoder_ratio", "text_encoder_stop"):
             if getattr(options, word) is not None:
-                return f"optimizer.{word} is given, and text_encoder_rate is 0. Leave one out."
+                return f"optimizer.{word} is given, and text_encoder_rate is 0. Drop one."
     if options.denoiser_rate == 0:
         if options.lora_plus_denoiser_ratio is not None:
-            return "optimizer.lora_plus_denoiser_ratio is given, and denoiser_rate is 0. Leave one out."
+            return "optimizer.lora_plus_denoiser_ratio is given, and denoiser_rate is 0. Drop one."
         if options.block_rates.given:
-            return "optimizer.block_rates is given, and denoiser_rate is 0. Leave one out."
+            return "optimizer.block_rates is given, and denoiser_rate is 0. Drop one."
     return None

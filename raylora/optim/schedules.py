@@ -57,9 +57,9 @@ class ScheduleOptions(Options):
     )
     """After warm-up: constant (also constant_with_warmup) stays; linear, cosine and polynomial fall
     to zero at the last step; cosine_with_restarts does so several times; inverse_sqrt falls ever
-    more slowly; cosine_with_min_lr falls to a share of the rate; warmup_stable_decay stays and falls
-    at the end; piecewise_constant goes by `step_rules`; adafactor leaves it to Adafactor's relative
-    form. Or any scheduler of torch's kind as `module:Class`, e.g.
+    more slowly; cosine_with_min_lr falls to a share of the rate; warmup_stable_decay stays and
+    falls at the end; piecewise_constant goes by `step_rules`; adafactor leaves it to Adafactor's
+    relative form. Or any scheduler of torch's kind as `module:Class`, e.g.
     torch.optim.lr_scheduler:ExponentialLR."""
     warmup_steps: Steps = Field(
         0,
@@ -298,7 +298,7 @@ def _piecewise(rules: list[tuple[float, float]]) -> Factor:
 
 
 def _simulated(options: ScheduleOptions, total_steps: int, rate: float) -> Factor:
-    """The class's rates of a whole run, so that any step's can be asked for, also after a resume."""
+    """The class's rates of a whole run, so that a resumed run can ask for any step's."""
     cls = load_class(options.name, torch.optim.lr_scheduler.LRScheduler, "schedule.name")
     dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
     with warnings.catch_warnings():

@@ -101,21 +101,20 @@ def shown_values(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     Afterwards they are bit for bit what they were: the library's own way back rounds. Others are
     left alone.
     """
-    groups = optimizer.param_groups
-    if not all(group.get("train_mode", False) for group in groups):
+    train, evaluate = getattr(optimizer, "train", None), getattr(optimizer, "eval", None)
+    if not callable(train) or not callable(evaluate):
         yield
         return
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     before = [parameter.detach().clone() for parameter in parameters]
-    optimizer.eval()  # type: ignore[attr-defined]
+    evaluate()
     try:
         yield
     finally:
+        train()
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
-        for group in groups:
-            group["train_mode"] = True
 
 
 def _class_name(optimizer: torch.optim.Optimizer) -> str:
@@ -182,8 +181,8 @@ class _Packer:
         if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
             return {"dict": [[k, self.pack(v, f"{path}.{k}")] for k, v in value.items()]}
         raise TrainingError(
-            f"{self.owner} remembers {path}, a {type(value).__module__}.{type(value).__qualname__}, "
-            "which cannot be stored. Choose another optimizer.name."
+            f"{self.owner} remembers {path}, a {type(value).__qualname__}, which cannot be stored. "
+            "Choose another optimizer.name."
         )
 
     def _name(self, tensor: Tensor, path: str) -> str:

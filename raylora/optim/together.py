@@ -26,8 +26,8 @@ def _schedule_problems(optimizer: OptimizerOptions, schedule: ScheduleOptions) -
     steady = schedule.name in ("constant", "constant_with_warmup")
     if schedule.name == "adafactor" and not optimizer.own_rate:
         yield (
-            f"schedule.name is adafactor, and optimizer.name {optimizer.name} does not find its own "
-            "rate. Choose another schedule, or adafactor in its relative form."
+            f"schedule.name is adafactor, and optimizer.name is {optimizer.name}, which does not "
+            "find its own rate. Choose another schedule, or adafactor in its relative form."
         )
     elif optimizer.own_rate and not (
         schedule.name == "adafactor" or (steady and not schedule.warmup_steps)
@@ -37,7 +37,13 @@ def _schedule_problems(optimizer: OptimizerOptions, schedule: ScheduleOptions) -
             "rate. Leave the schedule out, or set optimizer.args.relative_step: false; "
             "optimizer.args.warmup_init: true warms up the relative form."
         )
-    if optimizer.schedule_free and optimizer.name.endswith("schedule_free"):
+    from_zero = bool(schedule.warmup_steps) and not schedule.min_ratio
+    if optimizer.kind.never_zero and from_zero:
+        yield (
+            f"schedule.warmup_steps begins at a rate of 0, by which {optimizer.name} divides. "
+            "Leave it out; optimizer.args.growth_rate: 1.02 lets the estimate grow slowly."
+        )
+    if optimizer.schedule_free:
         if not steady:
             yield (
                 f"schedule.name is {schedule.name}, and {optimizer.name} averages instead of "
@@ -80,6 +86,12 @@ def _part_problems(
                     f"optimizer.{word} is given, and network.train leaves the {part} out. Leave it "
                     "out, or set network.train: both."
                 )
+    if optimizer.text_encoder_stop is not None and trains_text:
+        if not trains_denoiser or optimizer.denoiser_rate == 0:
+            yield (
+                "optimizer.text_encoder_stop is given, and nothing but the text encoder is trained: "
+                "the run would go on for nothing. Leave it out, or shorten training.steps."
+            )
     trained_parts = [
         part for part, on in (("denoiser", trains_denoiser), ("text_encoder", trains_text)) if on
     ]

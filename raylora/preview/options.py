@@ -1,28 +1,269 @@
-"""Options of previews."""
+"""Options of previews, and the pictures that they ask for."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Self
 
-from raylora.base.options import Options
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from raylora.base.errors import OptionError, UserError
+from raylora.base.options import Options, explain, known_as
+from raylora.diffusion.samplers import Sampler, sampler_problems
+from raylora.preview.prompts import read_prompt, read_prompts_file
+
+DEFAULT_PREVIEW_STEPS = 250
+MAX_STEPS = 1000
+Strength = Annotated[float, Field(ge=-10, le=10)]
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSettings:
+    """All that makes a picture but the models; equal settings draw equal pictures.
+
+    Attributes:
+        stream: which noise of `seed`; a job's prompt i, from 0, has stream i.
+        strength: what the adapter is multiplied by.
+        label: for people: the prompt, and what sets it apart from the others.
+    """
+
+    prompt: str
+    negative: str
+    seed: int
+    stream: int
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    sampler: Sampler
+    strength: float = 1.0
+    label: str = field(default="", compare=False)
+
+
+class PromptOptions(Options):
+    """A picture with words of its own; what is null is the section's."""
+
+    prompt: str = Field(json_schema_extra=known_as(sd_scripts="prompt of a sample_prompts file"))
+    """What to draw; taken as it stands, flags and all."""
+    negative: str | None = Field(
+        None, json_schema_extra=known_as(sd_scripts="--n, negative_prompt", guides="neg")
+    )
+    """What the picture should not show."""
+    seed: int | None = Field(None, ge=0, lt=2**63, json_schema_extra=known_as(sd_scripts="--d"))
+    """Starting noise. Prompts of one seed start from different noise all the same."""
+    width: int | None = Field(None, ge=16, json_schema_extra=known_as(sd_scripts="--w"))
+    """Pixels."""
+    height: int | None = Field(None, ge=16, json_schema_extra=known_as(sd_scripts="--h"))
+    """Pixels."""
+    steps: int | None = Field(
+        None, ge=1, le=MAX_STEPS, json_schema_extra=known_as(sd_scripts="--s, sample_steps")
+    )
+    """Denoising steps."""
+    guidance: float | None = Field(
+        None, ge=0, json_schema_extra=known_as(sd_scripts="--l, scale", guides="CFG scale")
+    )
+    """Classifier-free guidance; 1 is none."""
+    sampler: Sampler | None = Field(
+        None, json_schema_extra=known_as(sd_scripts="--ss, sample_sampler")
+    )
+    """How the picture is taken out of noise."""
+    strength: Strength | None = Field(
+        None, json_schema_extra=known_as(sd_scripts="--am", guides="LoRA weight")
+    )
+    """Draw it once, with this much of the adapter, in place of the section's `strengths`."""
+
+
+def _checked_prompt(given: Any) -> Any:
+    """One branch's mistakes instead of every branch's."""
+    if isinstance(given, str | PromptOptions):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{given!r:.60} is no prompt: give a text, or a section with `prompt`.")
+    try:
+        return PromptOptions.model_validate(dict(given))
+    except ValidationError as error:
+        raise ValueError(" ".join(explain(error, PromptOptions))) from None
+
+
+Prompt = Annotated[str | PromptOptions, BeforeValidator(_checked_prompt)]
 
 
 class PreviewOptions(Options):
     """Pictures of fixed prompts and seeds, along the run."""
 
-    prompts: tuple[str, ...] = ()
-    """One picture each; none: no previews."""
-    negative: str = ""
+    prompts: tuple[Prompt, ...] = Field(
+        (), json_schema_extra=known_as(sd_scripts="--sample_prompts", guides="sample prompts")
+    )
+    """One picture each; none: no previews. A text may end in sd-scripts' flags, `a cat --n dog --w
+    512 --h 768 --d 7 --l 7.5 --s 20 --ss euler_a`; a section has the same by name."""
+    prompts_file: str | None = Field(
+        None, json_schema_extra=known_as(sd_scripts="--sample_prompts")
+    )
+    """A file of prompts of sd-scripts, .txt, .toml or .json, local or s3://. It is read once: its
+    prompts stand in the job's `prompts` from then on."""
+    negative: str = Field("", json_schema_extra=known_as(sd_scripts="--n of a prompt"))
     """What the pictures should not show."""
-    every_steps: int = Field(250, ge=1)
-    """Global steps between rounds; there is always one at step 0 and at the end."""
-    seed: int = Field(0, ge=0)
+    every_steps: int | None = Field(
+        None, ge=1, json_schema_extra=known_as(sd_scripts="--sample_every_n_steps")
+    )
+    """Global steps between rounds, 250 where every_epochs is not given either; there is always one
+    at the end."""
+    every_epochs: int | None = Field(
+        None, ge=1, json_schema_extra=known_as(sd_scripts="--sample_every_n_epochs")
+    )
+    """Epochs between rounds. Give this or every_steps."""
+    at_start: bool = Field(True, json_schema_extra=known_as(sd_scripts="--sample_at_first (off)"))
+    """A round at step 0 too: what the base draws without the adapter."""
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        json_schema_extra=known_as(
+            formula="starting noise of prompt i: N(0, 1) of (seed, stream i)",
+            sd_scripts="--d of a prompt (blank draws another each time there)",
+        ),
+    )
     """Starting noise: prompt i uses stream i of this seed at every round."""
-    steps: int = Field(20, ge=1, le=1000)
+    steps: int = Field(
+        20,
+        ge=1,
+        le=MAX_STEPS,
+        json_schema_extra=known_as(sd_scripts="--s of a prompt (30)"),
+    )
     """Denoising steps."""
-    guidance: float = Field(7.0, ge=0)
+    guidance: float = Field(
+        7.0,
+        ge=0,
+        json_schema_extra=known_as(
+            formula="p(negative) + guidance (p(prompt) - p(negative))",
+            source="Ho & Salimans 2022, arXiv 2207.12598",
+            sd_scripts="--l of a prompt (7.5)",
+            guides="CFG scale",
+        ),
+    )
     """Classifier-free guidance; 1 is none."""
-    width: int = Field(512, ge=16)
+    width: int = Field(512, ge=16, json_schema_extra=known_as(sd_scripts="--w of a prompt"))
     """Pixels."""
-    height: int = Field(512, ge=16)
+    height: int = Field(512, ge=16, json_schema_extra=known_as(sd_scripts="--h of a prompt"))
     """Pixels."""
+    sampler: Sampler = Field(
+        "ddim",
+        json_schema_extra=known_as(
+            source="ddim: Song et al. 2020, arXiv 2010.02502; pndm: Liu et al. 2022, 2202.09778; "
+            "euler, heun, lms, dpm_2: Karras et al. 2022, 2206.00364, and k-diffusion; dpmsolver: "
+            "Lu et al. 2022, 2206.00927; dpmsolver++ and dpmsingle: Lu et al. 2022, 2211.01095",
+            sd_scripts="--sample_sampler",
+        ),
+    )
+    """How pictures are taken out of noise, by diffusers' schedulers with the base's own config.
+    euler_a and dpm_2_a add noise of their own, which follows the seed too; k_ before a name changes
+    nothing. ddim, dpmsolver++ and euler_a are the usual choices; heun and dpm_2 ask the model twice
+    a step."""
+    strengths: tuple[Strength, ...] = Field(
+        (1.0,), min_length=1, json_schema_extra=known_as(sd_scripts="--am of a prompt")
+    )
+    """How much of the adapter; each prompt is drawn once for each of these. `[0.6, 1]` shows early
+    whether a LoRA is too strong."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_file(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("prompts_file") is None:
+            return given
+        if given.get("prompts"):
+            raise ValueError("preview.prompts_file and preview.prompts: give one of them.")
+        rest = {word: value for word, value in given.items() if word != "prompts_file"}
+        try:
+            return {**rest, "prompts": read_prompts_file(str(given["prompts_file"]))}
+        except UserError as error:
+            raise ValueError(f"preview.prompts_file: {error}") from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_pace(cls, given: Any) -> Any:
+        paces = ("every_steps", "every_epochs")
+        if isinstance(given, Mapping) and all(given.get(word) is None for word in paces):
+            return {**given, "every_steps": DEFAULT_PREVIEW_STEPS}
+        return given
+
+    @model_validator(mode="after")
+    def _one_pace(self) -> Self:
+        if self.every_steps is not None and self.every_epochs is not None:
+            raise ValueError(
+                f"preview.every_steps is {self.every_steps} and preview.every_epochs is "
+                f"{self.every_epochs}: give one of them (the other is null)."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> Self:
+        twice = sorted({held for held in self.strengths if self.strengths.count(held) > 1})
+        if twice:
+            raise ValueError(f"preview.strengths has {twice[0]:g} twice. Take one out.")
+        for number, prompt in enumerate(self.prompts):
+            try:
+                own = _section_of(prompt)
+            except OptionError as error:
+                raise ValueError(f"preview.prompts.{number}: {error}") from error
+            guidance = self.guidance if own.guidance is None else own.guidance
+            if own.negative and guidance <= 1:
+                raise ValueError(
+                    f"preview.prompts.{number} has a negative prompt, and guidance {guidance:g} "
+                    "does not look at it. Set guidance above 1, or leave the negative prompt out."
+                )
+        return self
+
+    def pictures(self) -> tuple[PictureSettings, ...]:
+        """Every picture of a round, in the order of their numbers: strengths within prompts."""
+        found = []
+        for stream, prompt in enumerate(self.prompts):
+            own = _section_of(prompt)
+            strengths = self.strengths if own.strength is None else (own.strength,)
+            for strength in strengths:
+                shown = f", strength {strength:g}" if strength != 1 or len(strengths) > 1 else ""
+                found.append(self._picture(own, stream, strength, shown))
+        return tuple(found)
+
+    def problems(self, *, size_step: int, pure_noise: bool) -> list[str]:
+        """Pictures that a base cannot draw, one sentence each.
+
+        Args:
+            size_step: sides must be multiples of it.
+            pure_noise: the last timestep is trained on pure noise (zero-terminal SNR).
+        """
+        found = []
+        for number, prompt in enumerate(self.prompts):
+            own = _section_of(prompt)
+            mine = own.width is not None or own.height is not None
+            place = f"preview.prompts.{number}" if mine else "preview.width and height"
+            size = (own.width or self.width, own.height or self.height)
+            if any(side % size_step for side in size):
+                found.append(f"{place} {size[0]}x{size[1]}: this base needs multiples of {size_step}.")
+        samplers = [picture.sampler for picture in self.pictures()]
+        told = sampler_problems(samplers, pure_noise=pure_noise)
+        return [*dict.fromkeys(found), *(f"preview.sampler: {problem}" for problem in told)]
+
+    def _picture(
+        self, own: PromptOptions, stream: int, strength: float, shown: str
+    ) -> PictureSettings:
+        names = ("negative", "seed", "width", "height", "steps", "guidance", "sampler")
+        given = {name: held for name in names if (held := getattr(own, name)) is not None}
+        told = [f"{name} {given[name]}" for name in names[1:2] + names[4:] if name in given]
+        return PictureSettings(
+            own.prompt,
+            **{name: getattr(self, name) for name in names} | given,
+            stream=stream,
+            strength=strength,
+            label=", ".join([own.prompt, *told]) + shown,
+        )
+
+
+def _section_of(prompt: str | PromptOptions) -> PromptOptions:
+    """A text with its flags read; OptionError says what is wrong with them."""
+    if isinstance(prompt, PromptOptions):
+        return prompt
+    try:
+        return PromptOptions.model_validate(read_prompt(prompt))
+    except ValidationError as error:
+        raise OptionError(" ".join(explain(error, PromptOptions))) from None

@@ -83,6 +83,7 @@ def _draw_measured(axes: Any, measured: Sequence[Mapping[str, Any]]) -> None:
             zorder=5,
             label=f"best held-out: {best['validation']:.4f}, step {best['done']}",
         )
+    axes.plot([], [], color="#8a8a86", linestyle=":", label="at one timestep t")
 
 
 def _draw_bands(axes: Any, measured: Sequence[Mapping[str, Any]], name: str, color: str) -> None:
@@ -99,8 +100,6 @@ def _draw_bands(axes: Any, measured: Sequence[Mapping[str, Any]], name: str, col
         if name == "validation":
             label = f"t = {word.split('/')[1]}"
             axes.annotate(label, (at[-1], band[-1]), **beside, fontsize=7, color="#8a8a86")
-    if bands and name == "validation":
-        axes.plot([], [], color="#8a8a86", linestyle=":", label="either at one timestep t")
 
 
 def _draw_rates(axes: Any, steps: Sequence[Mapping[str, Any]]) -> None:

@@ -6,7 +6,8 @@ from pydantic import Field, ValidationError
 
 from raylora.base.errors import OptionError
 from raylora.base.options import Options, explain
-from raylora.preview.options import PreviewOptions
+from raylora.diffusion.samplers import Sampler, sampler_problems
+from raylora.preview.options import PictureSettings, PreviewOptions
 
 TOKEN_VARIABLE = "RAYLORA_SERVE_TOKEN"
 """Environment variable of whoever starts the server, for a token of their own."""
@@ -58,6 +59,8 @@ class RenderRequest(Options):
     """Denoising steps."""
     guidance: float | None = Field(None, ge=0, le=100)
     """Classifier-free guidance; 1 is none."""
+    sampler: Sampler | None = None
+    """How the picture is taken out of noise."""
     width: int | None = Field(None, ge=16)
     """Pixels."""
     height: int | None = Field(None, ge=16)
@@ -79,26 +82,30 @@ def read_request(body: bytes) -> RenderRequest:
         raise OptionError(" ".join(explain(error, RenderRequest))) from None
 
 
-def picture_options(
-    request: RenderRequest, previews: PreviewOptions, limits: ServeOptions, *, size_step: int
-) -> PreviewOptions:
+def picture_settings(
+    request: RenderRequest,
+    previews: PreviewOptions,
+    limits: ServeOptions,
+    *,
+    size_step: int,
+    pure_noise: bool = False,
+) -> PictureSettings:
     """How to draw the request.
 
     Args:
         previews: the run's, for whatever the request leaves open.
         size_step: sides must be multiples of it, since the base halves its latents.
+        pure_noise: the run trained the last timestep on pure noise (zero-terminal SNR).
 
     Raises:
-        OptionError: too many steps or pixels, or a size that the base cannot draw.
+        OptionError: too many steps or pixels, or what the base cannot draw.
     """
-    words = ("negative", "seed", "steps", "guidance", "width", "height")
+    words = ("negative", "seed", "steps", "guidance", "sampler", "width", "height")
     asked = {word: held for word in words if (held := getattr(request, word)) is not None}
-    options = previews.model_copy(update=asked)
-    width, height = options.width, options.height
-    if options.steps > limits.max_steps:
-        raise OptionError(
-            f"steps is {options.steps}; this server draws at most {limits.max_steps}."
-        )
+    held = {word: getattr(previews, word) for word in words} | asked
+    width, height, steps = held["width"], held["height"], held["steps"]
+    if steps > limits.max_steps:
+        raise OptionError(f"steps is {steps}; this server draws at most {limits.max_steps}.")
     if width * height > limits.max_pixels:
         raise OptionError(
             f"{width}x{height} is {width * height:,} pixels; this server draws at most "
@@ -106,4 +113,13 @@ def picture_options(
         )
     if width % size_step or height % size_step:
         raise OptionError(f"{width}x{height}: this base needs multiples of {size_step} pixels.")
-    return options
+    if request.negative and held["guidance"] <= 1:
+        raise OptionError(
+            f"negative: guidance {held['guidance']:g} does not look at it. Set guidance above 1, "
+            "or leave it out."
+        )
+    for problem in sampler_problems([held["sampler"]], pure_noise=pure_noise):
+        raise OptionError(f"sampler: {problem}")
+    return PictureSettings(
+        request.prompt, **held, stream=request.stream, strength=request.strength
+    )

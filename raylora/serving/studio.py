@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from raylora.adapt.attach import Adapter, Attachment
+from raylora.diffusion.process import Process
 from raylora.families import Family
-from raylora.preview.options import PreviewOptions
+from raylora.preview.options import PictureSettings
 from raylora.preview.renderer import draw_preview, png_bytes
 from raylora.serving.library import Checkpoint, Library, Recent
 
 
 class Studio:
-    """A denoiser routed through its adapter once; each picture may set another one.
+    """Models routed through their adapter once; each picture may set another one.
 
     Not for two threads at once: the adapter and its strength belong to the picture being drawn.
 
@@ -33,10 +34,14 @@ class Studio:
     ) -> None:
         self.family = family
         denoiser = family.load_denoiser(dtype=dtype, device=device)
-        self._sites = family.sites(denoiser, "attention_mlp")
-        self._attachment = Attachment(denoiser, family.component)
-        self._attachment.attach(self._sites)
-        self._renderer = family.load_renderer(denoiser)
+        encoders = family.load_text_encoders(dtype=dtype, device=device)
+        self._sites = family.sites(denoiser, "attention_mlp", convolutions=True)
+        self._sites += family.text_sites(encoders, "attention_mlp")
+        models = {family.component: denoiser, **encoders}
+        self._attachments = [Attachment(model, name) for name, model in models.items()]
+        for held in self._attachments:
+            held.attach([site for site in self._sites if site.component == held.component])
+        self._renderer = family.load_renderer(denoiser, encoders)
         self._exact = exact
         self._device = device
         self._adapters: Recent[Adapter] = Recent(adapters_held)
@@ -45,26 +50,26 @@ class Studio:
         self,
         library: Library,
         checkpoint: Checkpoint | None,
-        strength: float,
-        options: PreviewOptions,
-        prompt: str,
+        settings: PictureSettings,
         *,
-        stream: int,
+        process: Process,
     ) -> bytes:
         """A PNG; the same bytes for the same arguments, and as training draws its previews.
 
         Args:
             checkpoint: whose adapter; None is the base alone.
-            stream: which noise of `options.seed`.
+            process: what its run trained.
         """
         adapter = None
-        if checkpoint is not None and strength != 0:
+        if checkpoint is not None and settings.strength != 0:
             found = checkpoint
             adapter = self._adapters.get(
                 found.hash,
                 lambda: library.load(found, self._sites, dtype=self._exact, device=self._device),
             )
-            adapter.strength = strength
-        self._attachment.adapter = adapter
-        picture = draw_preview(self._renderer, self.family, options, prompt, number=stream)
+        for held in self._attachments:
+            held.adapter = adapter
+        picture = draw_preview(
+            self._renderer, self.family, settings, process=process, adapter=adapter
+        )
         return png_bytes(picture)

@@ -74,11 +74,12 @@ def _how_it_ended(storage: Storage, steps: int, best_step: int | None) -> str:
 
 
 def _sample_grid(storage: Storage, *, name: str, preview: PreviewOptions) -> bytes | None:
+    wanted = preview.pictures()
     keys = {entry.key for entry in storage.entries("samples")}
     steps = sorted({int(key.split("/")[1]) for key in keys})
-    numbers = range(len(preview.prompts))
+    numbers = range(len(wanted))
     steps = [step for step in steps if all(sample_key(step, n) in keys for n in numbers)]
-    if not steps or not preview.prompts:
+    if not steps or not wanted:
         return None
     pictures = [
         [Image.open(io.BytesIO(storage.read(sample_key(step, n)))) for step in steps]
@@ -86,7 +87,7 @@ def _sample_grid(storage: Storage, *, name: str, preview: PreviewOptions) -> byt
     ]
     grid = draw_grid(
         pictures,
-        rows=preview.prompts,
+        rows=[picture.label for picture in wanted],
         columns=["base, step 0" if step == 0 else f"step {step}" for step in steps],
         title=f"{name}: same prompts and seeds along the run",
     )

@@ -30,10 +30,15 @@ def restore_state(parts: Parts, state: State) -> None:
     parts.adapter.values.copy_(state.tensors["values"])
     if parts.ema:
         parts.ema.average.copy_(state.tensors["ema"])
+    restore_optimizer(parts.mover.optimizer, state)
+    parts.loss_scale.restore(state.facts["loss_scale"])
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Put the optimizer's part of it back."""
     tensors = {
         name.removeprefix(_OPTIMIZER): tensor
         for name, tensor in state.tensors.items()
         if name.startswith(_OPTIMIZER)
     }
-    restore(parts.mover.optimizer, tensors, state.facts["optimizer"])
-    parts.loss_scale.restore(state.facts["loss_scale"])
+    restore(optimizer, tensors, state.facts["optimizer"])

@@ -98,7 +98,7 @@ def move(
         for group, rate in zip(mover.optimizer.param_groups, rates.values(), strict=True):
             group["lr"] = rate
     mover.optimizer.step()
-    extra = dict(mover.estimates())
+    extra: dict[str, Tensor | float] = {**mover.estimates()}
     if mover.cap:
         extra |= mover.cap.apply()
     if parts.ema:

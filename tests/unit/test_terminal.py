@@ -54,13 +54,16 @@ NUMBERS = {
     "held_out_images": 24,
     "to_encode": {"images": 100, "captions": 90},
 }
-RESULT = {
+RESULT: dict[str, Any] = {
     "name": "cats",
     "steps": 400,
+    "ended": "all steps",
     "files": {"adapter": "cats.safetensors", "curves": "curves.png"},
     "adapter_bytes": 2**20,
     "validation_first": 0.5,
     "validation_last": 0.4,
+    "validation_best": 0.4,
+    "best_step": 400,
 }
 
 
@@ -98,11 +101,28 @@ def test_the_summary_says_what_was_made_where_and_what_next(capsys: pytest.Captu
     told = capsys.readouterr().err
     assert "cats: 400 steps" in told
     assert "0.5000 -> 0.4000 (-20 %)" in told
+    assert "lowest" not in told
+    assert "early" not in told
     assert "/store/runs/cats/cats.safetensors (1.0 MiB)" in told
     assert "/store/runs/cats/curves.png" in told
     assert "raylora inspect /store/runs/cats/cats.safetensors" in told
     assert "raylora serve /store" in told
     assert "file://" not in told
+
+
+def test_the_summary_names_the_best_where_it_is_not_the_last(capsys: pytest.CaptureFixture[str]):
+    best = {
+        "steps": 300,
+        "ended": "early stop at step 300, best 250",
+        "validation_best": 0.35,
+        "best_step": 250,
+        "files": {"adapter": "cats.safetensors", "best": "cats-best.safetensors"},
+    }
+    show_result({**RESULT, **best}, "file:///store/runs/cats")
+    told = capsys.readouterr().err
+    assert "cats: 300 steps, early stop at step 300, best 250" in told
+    assert "0.5000 -> 0.4000 (-20 %); lowest 0.3500 at step 250" in told
+    assert "/store/runs/cats/cats-best.safetensors" in told
 
 
 def test_places_below_this_folder_are_short(
@@ -137,7 +157,13 @@ def test_in_a_pipe_progress_is_plain_lines():
     ("row", "words"),
     [
         ({"done": 5, "validation": 0.25}, "step     5  held-out loss 0.2500"),
+        (
+            {"done": 5, "validation": 0.25, "training": 0.125},
+            "held-out loss 0.2500  of images trained on 0.1250",
+        ),
         ({"event": "saved", "step": 5}, "saved  step 5"),
+        ({"event": "early stop", "step": 5}, "early stop  step 5"),
+        ({"event": "overfitting", "step": 5, "warning": "it [overfits]"}, "warning: it [overfits]"),
         ({"event": "unheard of", "step": 5}, None),
     ],
 )
@@ -157,15 +183,21 @@ def test_the_bar_follows_the_steps():
     row = {
         "done": 30,
         "total": 400,
+        "epoch": 1.52,
         "loss": 0.0831,
+        "loss_average": 0.0845,
         "learning_rate": 9.8e-5,
         "images_per_second": 3.4,
         "eta_seconds": 250,
+        "memory_bytes": 2**29,
         "peak_bytes": 2**30,
     }
     _show(progress, task, row)
     held = progress.tasks[0]
     assert (held.completed, held.total) == (30, 400)
     assert held.fields["said"] == (
-        "loss 0.0831  lr 9.8e-05  3.4 img/s  ETA 4 min 10 s  memory 1.00 GiB"
+        "epoch 1.5  loss 0.0831  mean 0.0845  lr 9.8e-05  3.4 img/s  ETA 4 min 10 s  "
+        "memory 0.50 GiB, peak 1.00 GiB"
     )
+    _show(progress, task, {**row, "total_bytes": 24 * 2**30})
+    assert progress.tasks[0].fields["said"].endswith("peak 1.00 GiB of 24.00 GiB")

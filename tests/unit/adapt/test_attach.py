@@ -114,8 +114,54 @@ def test_a_site_is_routed_once(x: Tensor):
 
 def test_exported_tensors_are_detached_and_of_this_moment():
     made = adapter()
-    exported = made.modules(OPTIONS)
+    exported = made.modules()
     assert list(exported) == [site.name for site in SITES]
     down = exported["toy.first"]["lora_down.weight"]
     assert not down.requires_grad
     assert torch.equal(down, made.parameters["toy.first"]["down"])
+
+
+def test_groups_are_pieces_of_the_buffer_in_the_order_that_was_asked():
+    first, second = (site.name for site in SITES)
+    initial = {
+        site.name: network.initial(OPTIONS, site, lambda shape: np.ones(shape)) for site in SITES
+    }
+    halves = [[(second, "up"), (first, "up")], [(first, "down"), (second, "down")]]
+    made = Adapter(
+        network,
+        SITES,
+        initial,
+        {site.name: 1.0 for site in SITES},
+        dtype=torch.float64,
+        device=CPU,
+        groups=halves,
+    )
+    assert [made.values[piece].numel() for piece in made.groups] == [2 * 2 + 3 * 2, 2 * 4 + 2 * 3]
+    ups, downs = made.flat(0), made.flat(1)
+    with torch.no_grad():
+        ups.fill_(3.0)
+        downs.fill_(5.0)
+    for site in (first, second):
+        assert (made.parameters[site]["up"] == 3).all()
+        assert (made.parameters[site]["down"] == 5).all()
+    made.gradients.copy_(torch.arange(len(made.gradients)))
+    assert ups.grad is not None
+    assert torch.equal(ups.grad, made.gradients[made.groups[0]])
+    leaves = made.leaves(0)
+    assert [leaf.shape for leaf in leaves] == [(2, 2), (3, 2)]
+    assert all(leaf.grad is not None for leaf in leaves)
+    assert torch.equal(torch.cat([leaf.grad.flatten() for leaf in leaves]), ups.grad)  # type: ignore[union-attr]
+
+
+def test_off_is_the_base_and_ends_with_an_error_too(x: Tensor):
+    made = adapter()
+    base = Toy()(x)
+    model = Toy()
+    model.load_state_dict((plain := Toy()).state_dict())
+    Attachment(model, "toy", made)
+    changed = model(x)
+    with pytest.raises(KeyError), made.off():
+        assert torch.equal(model(x), plain(x))
+        raise KeyError
+    assert torch.equal(model(x), changed)
+    assert base.shape == changed.shape

@@ -7,7 +7,7 @@ import pytest
 from adapters import random_module
 from numpy.testing import assert_allclose
 
-from raylora.adapt.deltas import delta, delta_distance, delta_norm
+from raylora.adapt.deltas import at_scale, delta, delta_distance, delta_norm
 
 SHAPES = [(6, 5), (7, 3, 1, 1), (4, 5, 3, 3), (2, 300)]
 
@@ -41,3 +41,17 @@ def test_a_difference_in_the_twelfth_digit_is_seen() -> None:
     # float64's 1e-16 of a norm some 1e12 times larger than the difference, relative to it
     assert distance == pytest.approx(expected, rel=2e-2)
     assert delta_distance((down, up, scale), (down, up, scale)) < 1e-14
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [0.5, 1.0, 0.3, 7.0, -2.0])
+def test_another_scale_gives_the_same_delta(shape: tuple[int, ...], scale: float) -> None:
+    pair = random_module("m", shape, rank=3, alpha=1.5).low_rank
+    down, up, found = at_scale(pair, scale)
+    assert found == scale
+    assert_allclose(delta(down, up, scale), delta(*pair), rtol=1e-13, atol=1e-17)
+    grows = abs(scale) < 0.5
+    assert (up.equal(pair[1].double()), down.equal(pair[0].double())) == (
+        abs(scale) > 0.5 or scale == 0.5,
+        grows or scale == 0.5,
+    )

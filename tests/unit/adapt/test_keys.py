@@ -7,9 +7,12 @@ from adapters import SD15_MODULES, SHAPES, sd15_components
 from torch import nn
 
 from raylora.adapt.keys import (
+    component_of,
     find_module,
+    is_peft_key,
     kohya_name,
     kohya_to_module,
+    layers_by_file_name,
     module_name,
     module_names,
     peft_key,
@@ -89,6 +92,52 @@ def test_diffusers_keys_come_back() -> None:
     assert split_peft_key(peft_key(name, "up")) == (name, "up")
     with pytest.raises(WeightsError, match="not half of a LoRA"):
         split_peft_key("unet.conv_in.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "component"),
+    [
+        ("unet.mid_block.resnets.0.conv1", "unet"),
+        ("lora_unet_mid_block_resnets_0_conv1", "unet"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", "text_encoder"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "text_encoder"),
+    ],
+)
+def test_the_model_of_a_layer_is_told_from_either_name(name: str, component: str) -> None:
+    assert component_of(name) == component
+
+
+@pytest.mark.parametrize("name", ["lora_te2_text_model_encoder_layers_0_mlp_fc1", "unetx.a", "vae"])
+def test_a_model_of_another_family_is_refused(name: str) -> None:
+    with pytest.raises(WeightsError, match=f"{name}: no layer of Stable Diffusion 1"):
+        component_of(name)
+
+
+def test_keys_of_diffusers_own_naming_are_told_from_others() -> None:
+    assert is_peft_key("unet.a.b.lora_A.weight")
+    assert is_peft_key("text_encoder.a.lora_B.weight")
+    for key in ("lora_unet_a.lora_down.weight", "unet.a.weight", "vae.a.lora_A.weight", "unet"):
+        assert not is_peft_key(key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "unet", "keys"),
+    [("sd15_dim4_alpha2", 192, 792), ("sd15_dim4_alpha2_conv4_alpha2", 278, 1050)],
+)
+def test_the_layers_of_sd15_have_all_of_sd_scripts_names(
+    network: str, unet: int, keys: int
+) -> None:
+    layers = {
+        name
+        for word, model in sd15_components().items()
+        for name in layers_by_file_name(word, model)
+    }
+    theirs = SD15_MODULES[network]
+    assert set(theirs) <= layers
+    assert sum(component_of(name) == "unet" for name in theirs) == unet
+    assert sum(component_of(name) == "text_encoder" for name in theirs) == 72
+    assert 3 * len(theirs) == keys
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.testing import assert_close
 
+from raylora.adapt.deltas import delta
 from raylora.adapt.keys import kohya_name
 from raylora.adapt.lora_file import (
     ALPHA,
@@ -147,7 +150,21 @@ def test_without_alpha_the_strength_is_one() -> None:
             "dora_scale' is no key of a plain",
         ),
         ({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, "hada_w1_a' is no key of a plain LoRA"),
-        ({"unet.x.lora_A.weight": torch.ones(2, 2)}, "is no key of a plain LoRA"),
+        ({"unet.x.lora_A.weight": torch.ones(2, 2)}, f"lora_unet_x has no {UP}: half of it"),
+        ({"unet.x.lora_A.weight": torch.tensor(1.0)}, f"lora_unet_x has no {UP}: half of it"),
+        ({"vae.x.lora_A.weight": torch.ones(2, 2)}, "lora_A.weight' is no key of a plain LoRA"),
+        ({"unet.lora_A.weight": torch.ones(2, 2)}, "lora_A.weight' is no key of a plain LoRA"),
+        (
+            {**tensors_of(), "unet.x.lora_A.weight": torch.ones(2, 2)},
+            "'unet.x.lora_A.weight' is no key of a plain LoRA",
+        ),
+        (
+            {
+                "text_encoder.a.lora_A.weight": torch.ones(2, 2),
+                "text_encoder.text_model.a.lora_A.weight": torch.ones(2, 2),
+            },
+            "lora_te_text_model_a is there twice, by two names",
+        ),
         ({f"model.{i}.weight": torch.ones(1) for i in range(9)}, "'model.0.weight' and 8 more"),
         ({}, "holds no tensors"),
     ],
@@ -215,3 +232,78 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_nothing_else(
         write_adapter(path, random_adapter(rank=2), WORDS, dtype=torch.float32)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_diffusers_naming_holds_the_same_adapter_without_alphas(dtype: torch.dtype) -> None:
+    # alpha / rank is 1/2, so nothing is rounded that is not rounded in kohya's naming.
+    modules = random_adapter(rank=4, alpha=2.0)
+    data = adapter_bytes(modules, WORDS, dtype=dtype, naming="diffusers")
+    assert set(load(data)) == {
+        f"{name}.lora_{half}.weight" for name in SHAPES for half in ("A", "B")
+    }
+    ours, theirs = read_adapter(adapter_bytes(modules, WORDS, dtype=dtype)), read_adapter(data)
+    assert (ours.naming, theirs.naming) == ("kohya", "diffusers")
+    assert list(theirs.modules) == list(ours.modules)
+    assert theirs.dtype == dtype
+    assert theirs.metadata.items() >= WORDS.items()
+    for name in ours.modules:
+        assert theirs.rank(name) == 4
+        assert theirs.alpha(name) == 4.0
+        # float16 has subnormals: halves below 6e-5 lose digits when they are halved
+        assert_close(theirs.delta(name), ours.delta(name), rtol=0, atol=1e-7)
+
+
+def test_an_alpha_that_is_no_power_of_two_is_folded_in_to_rounding() -> None:
+    name, shape = "unet.mid_block.resnets.0.conv1", (5, 4, 3, 3)
+    for alpha in (0.7, 11.3):
+        module = random_module(name, shape, rank=3, alpha=alpha)
+        file = read_adapter(adapter_bytes([module], {}, dtype=torch.float32, naming="diffusers"))
+        wanted = delta(*module.low_rank)
+        found = file.delta(kohya_name(name))
+        assert found.shape == shape
+        # Two halves rounded to 2^-24, and a sum of three products.
+        assert_close(found, wanted, rtol=0, atol=2**-23 * 3 * float(wanted.abs().max()))
+
+
+def test_a_file_of_diffusers_naming_is_read_and_written_again_in_kohyas() -> None:
+    data = adapter_bytes(random_adapter(), {}, dtype=torch.float32, naming="diffusers")
+    found = read_adapter(data)
+    again = read_adapter(adapter_bytes(found.modules.values(), {}, dtype=torch.float32))
+    assert again.naming == "kohya"
+    for name in found.modules:
+        assert_close(again.delta(name), found.delta(name), rtol=0, atol=0)
+    with pytest.raises(ExportError, match="a name from a file of kohya's naming"):
+        adapter_bytes(found.modules.values(), {}, dtype=torch.float32, naming="diffusers")
+
+
+def test_text_encoders_with_and_without_their_extra_level_are_read_alike() -> None:
+    name = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    tensors = load(
+        adapter_bytes([random_module(name, (6, 5))], {}, dtype=torch.float32, naming="diffusers")
+    )
+    short = {key.replace("text_model.", ""): tensor for key, tensor in tensors.items()}
+    long, found = read_adapter(pack(tensors, {})), read_adapter(pack(short, {}))
+    assert set(found.modules) == set(long.modules) == {kohya_name(name)}
+    assert_close(found.delta(kohya_name(name)), long.delta(kohya_name(name)), rtol=0, atol=0)
+
+
+def peft_file(settings: dict[str, Any]) -> bytes:
+    tensors = {
+        f"unet.{layer}.lora_{half}.weight": torch.ones(2, 2)
+        for layer in ("a.to_q", "a.to_k")
+        for half in ("A", "B")
+    }
+    return pack(tensors, {"lora_adapter_metadata": json.dumps(settings)})
+
+
+def test_the_settings_that_diffusers_writes_into_its_files_are_honoured() -> None:
+    settings = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {"a.to_k": 3}}
+    found = read_adapter(peft_file(settings))
+    assert found.alpha("lora_unet_a_to_q") == 8.0
+    assert found.alpha("lora_unet_a_to_k") == 3.0
+    assert read_adapter(peft_file({"text_encoder.lora_alpha": 8})).alpha("lora_unet_a_to_q") == 2.0
+    with pytest.raises(WeightsError, match="uses rsLoRA or DoRA"):
+        read_adapter(peft_file({"unet.use_dora": True}))
+    with pytest.raises(WeightsError, match="lora_adapter_metadata in its header is malformed"):
+        read_adapter(peft_file({"unet.lora_alpha": "much"}))

@@ -10,16 +10,23 @@ import torch
 from adapters import SHAPES, TINY_BASE, random_adapter, random_module
 
 from raylora.adapt import predictions
+from raylora.adapt.keys import Naming
 from raylora.adapt.lora_file import UP, AdapterModule, write_adapter
 from raylora.adapt.predictions import verify_predictions
+from raylora.adapt.readable import readable
 from raylora.base.errors import ExportError, WeightsError
 
 pytestmark = pytest.mark.slow
 
 
-def saved(folder: Path, modules: list[AdapterModule], dtype: torch.dtype = torch.float32) -> Path:
+def saved(
+    folder: Path,
+    modules: list[AdapterModule],
+    dtype: torch.dtype = torch.float32,
+    naming: Naming = "kohya",
+) -> Path:
     path = folder / "adapter.safetensors"
-    write_adapter(path, modules, {}, dtype=dtype)
+    write_adapter(path, modules, {}, dtype=dtype, naming=naming)
     return path
 
 
@@ -29,6 +36,21 @@ def test_peft_and_merged_weights_predict_the_same(tmp_path: Path, dtype: torch.d
     assert report.modules == len(SHAPES)
     assert report.reader_error < 1e-14
     assert report.difference < 1e-6  # float32: 50 layers of 2^-24
+    assert report.effect > 1e-3
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+def test_files_of_both_namings_with_mixed_ranks_and_alphas_predict_the_same(
+    tmp_path: Path, naming: Naming
+) -> None:
+    modules = [
+        random_module(name, shape, rank=2 + index % 3, alpha=1.0 + index % 4)
+        for index, (name, shape) in enumerate(SHAPES.items())
+    ]
+    path = saved(tmp_path, readable(modules, naming), naming=naming)
+    report = verify_predictions(path, TINY_BASE)
+    assert report.modules == len(SHAPES)
+    assert report.difference < 1e-6
     assert report.effect > 1e-3
 
 

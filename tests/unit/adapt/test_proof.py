@@ -23,9 +23,10 @@ from adapters import (
 from safetensors.torch import load
 from torch import Tensor
 
-from raylora.adapt.keys import kohya_name, kohya_to_module, module_names
+from raylora.adapt.keys import Naming, kohya_name, kohya_to_module, module_names
 from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule, adapter_bytes
 from raylora.adapt.proof import ExportProver
+from raylora.adapt.readable import readable
 from raylora.adapt.safetensors_format import pack
 from raylora.base.errors import ExportError
 
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.slow
 MODULES = random_adapter()
 Q, K, OUT, FF, PROJ, CONV, *TEXT = SHAPES
 File = dict[str, Tensor]
+NAMINGS: tuple[Naming, ...] = ("kohya", "diffusers")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,50 @@ def test_an_alpha_that_diffusers_would_not_apply_is_found_out(prover: ExportProv
     assert prover.prove(data, as_trained(modules)).modules == len(modules)
 
 
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_files_of_both_namings_with_mixed_ranks_and_alphas_are_proved(
+    prover: ExportProver, naming: Naming, dtype: torch.dtype
+) -> None:
+    modules = [
+        random_module(name, shape, rank=2 + index % 3, alpha=(0.07, 1.0, 30.0)[index % 3])
+        for index, (name, shape) in enumerate(SHAPES.items())
+    ]
+    data = adapter_bytes(readable(modules, naming), {}, dtype=dtype, naming=naming)
+    report = prover.prove(data, as_trained(modules))
+    assert report.modules == len(modules)
+    # Of two independent roundings, each at most u; down is 0.1 · 0.07 at least, no subnormal.
+    assert report.worst_error <= 2.2 * torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_a_part_of_a_text_encoder_is_proved_with_what_completes_it(
+    prover: ExportProver, naming: Naming
+) -> None:
+    name = {"kohya": TEXT[0], "diffusers": TEXT[2]}[naming]
+    modules = [random_module(name, SHAPES[name])]
+    completed = readable(modules, naming)
+    assert len(completed) == 2
+    data = adapter_bytes(completed, {}, dtype=torch.float16, naming=naming)
+    assert prover.prove(data, as_trained(modules)).modules == 1
+    alone = adapter_bytes(modules, {}, dtype=torch.float16, naming=naming)
+    with pytest.raises(ExportError, match="diffusers cannot read the file"):
+        prover.prove(alone, as_trained(modules))
+
+
+def test_a_changed_file_of_diffusers_naming_is_found_out(prover: ExportProver) -> None:
+    file = load(adapter_bytes(MODULES, {}, dtype=torch.float32, naming="diffusers"))
+    down, up = f"{CONV}.lora_A.weight", f"{CONV}.lora_B.weight"
+    with pytest.raises(ExportError, match=rf"ΔW differs: {CONV} by 1\.0%"):
+        prover.prove(pack({**file, up: file[up] * 1.01}, {}), as_trained(MODULES))
+    fewer = {key: tensor for key, tensor in file.items() if key not in (down, up)}
+    with pytest.raises(ExportError, match=f"missing from the file: {CONV}"):
+        prover.prove(pack(fewer, {}), as_trained(MODULES))
+    more = {"unet.other.lora_A.weight": file[down], "unet.other.lora_B.weight": file[up]}
+    with pytest.raises(ExportError, match=r"never trained: unet\.other"):
+        prover.prove(pack({**file, **more}, {}), as_trained(MODULES))
+
+
 def test_one_process_serves_all_saves(prover: ExportProver) -> None:
     data = adapter_bytes(MODULES, {}, dtype=torch.float32)
     prover.prove(data, as_trained(MODULES))
@@ -176,7 +222,7 @@ def test_a_reader_that_dies_is_an_error_and_the_next_proof_starts_another(
     assert prover._stderr is not None
     os.write(prover._stderr.fileno(), b"out of memory, say")
     prover._process.send_signal(signal.SIGSEGV)
-    with pytest.raises(ExportError, match=r"died: exit code -11\..*out of memory, say"):
+    with pytest.raises(ExportError, match=r"(?s)died: exit code -11\..*out of memory, say"):
         prover.prove(data * 100, as_trained(MODULES))
     assert prover.prove(data, as_trained(MODULES)).modules == len(MODULES)
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from adapters import SHAPES, TINY_BASE, as_trained, random_adapter, random_module
+from torch.testing import assert_close
 
-from raylora.adapt.deltas import LowRank, delta
-from raylora.adapt.keys import find_module
-from raylora.adapt.lora_file import DOWN, UP, write_adapter
+from raylora.adapt.deltas import LowRank, at_scale, delta
+from raylora.adapt.keys import find_module, kohya_name
+from raylora.adapt.lora_file import DOWN, UP, read_adapter, write_adapter
 from raylora.adapt.proof_worker import compare, read_with_diffusers, rounding_bound
 
 TRAINED = as_trained(random_adapter())
@@ -95,6 +96,30 @@ def test_a_fresh_adapter_passes_since_up_is_zero() -> None:
     assert compare(fresh, fresh).worst == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("scale", [0.01, 0.3, 1.0, 40.0])
+def test_halves_folded_to_another_scale_and_rounded_are_within_the_bound(
+    dtype: torch.dtype, size: float, scale: float
+) -> None:
+    for seed in range(3):
+        down, up, own = random_module("m", (40, 30), seed=seed).low_rank
+        pair = (down, up * size, own)
+        read = rounded(at_scale(pair, scale), dtype)
+        assert compare({"m": read}, {"m": pair}).problems == ()
+        off = (read[0], read[1] * (1 + 30 * torch.finfo(dtype).eps), scale)
+        if size >= 1e-3:
+            assert compare({"m": off}, {"m": pair}).problems
+
+
+def test_a_module_that_adds_nothing_may_be_there_besides() -> None:
+    down, up, scale = TRAINED[NAMES[0]]
+    nothing = (torch.zeros_like(down), torch.zeros_like(up), scale)
+    assert compare({**TRAINED, "unet.other": nothing}, TRAINED).problems == ()
+    for wrong in ((down, up, scale), (down * math.nan, up, scale)):
+        assert compare({**TRAINED, "unet.other": wrong}, TRAINED).problems
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("odd", ["attn", "mlp", "resnets", "layers.0", "down_blocks", "none"])
 def test_scales_are_those_that_peft_really_applies(odd: str, tmp_path: Path) -> None:
@@ -115,3 +140,37 @@ def test_scales_are_those_that_peft_really_applies(odd: str, tmp_path: Path) -> 
         layer: Any = find_module(components, module.name)
         assert reading.loaded_scales[module.name] == layer.scaling["default_0"]
         assert reading.modules[module.name][2] == module.low_rank[2]
+
+
+@pytest.mark.slow
+def test_the_settings_in_a_file_of_diffusers_own_are_read_as_diffusers_reads_them(
+    tmp_path: Path,
+) -> None:
+    # A file as a training script of diffusers leaves it: peft's weights and peft's settings.
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipeline = StableDiffusionPipeline.from_pretrained(str(TINY_BASE), dtype=torch.float32)
+    config = LoraConfig(
+        r=2, lora_alpha=5, target_modules=["to_q", "conv1"], alpha_pattern={"conv1": 3}
+    )
+    pipeline.unet.add_adapter(config, adapter_name="default")
+    for name, weight in pipeline.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
+        unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
+    )
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    ours, theirs = read_adapter(path), read_with_diffusers(path)
+    assert len(ours.modules) == len(theirs.modules) > 10
+    for name, pair in theirs.modules.items():
+        layer: Any = find_module({"unet": pipeline.unet}, name)
+        halves = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        wanted = delta(*halves, layer.scaling["default"])
+        assert theirs.loaded_scales[name] == layer.scaling["default"]
+        assert_close(delta(*pair), wanted, rtol=0, atol=0)
+        assert_close(ours.delta(kohya_name(name)), wanted, rtol=0, atol=0)
+    assert theirs.problems == []

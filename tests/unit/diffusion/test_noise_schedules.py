@@ -73,6 +73,14 @@ def test_a_zero_terminal_schedule_is_the_old_ones_root_shifted_and_scaled():
     assert_close(rescaled_zero_terminal(after), after, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("end", [0.01, 0.012, 0.015, 0.02, 0.05])
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
+def test_the_first_share_is_kept_to_the_bit(kind: str, end: float):
+    before = alphas_cumprod({"beta_start": 1e-4, "beta_end": end, "beta_schedule": kind})
+    after = rescaled_zero_terminal(before)
+    assert (after[0], after[-1]) == (before[0], 0)
+
+
 def test_sd_scripts_rescales_likewise():
     after = rescaled_zero_terminal(alphas_cumprod(SD15))[GOLDEN["timesteps"]]
     expected = torch.tensor(GOLDEN["alphas_cumprod"], dtype=torch.float64)

@@ -54,18 +54,22 @@ def pyramid(sample: int, iterations: int, discount: float, **words: Any) -> NDAr
     )
 
 
+@pytest.mark.parametrize(("high", "wide"), [(32, 24), (32, 3), (3, 32)])
 @pytest.mark.parametrize(("iterations", "discount"), [(1, 0.3), (2, 0.9), (6, 0.3), (10, 0.8)])
-def test_the_sum_is_that_of_fields_at_every_size(iterations: int, discount: float):
+def test_the_sum_is_that_of_fields_at_every_size(
+    iterations: int, discount: float, high: int, wide: int
+):
+    shape = (4, high, wide)
     generator = draw_generator(1, 2, 7, "noise pyramid")
     ratios = 2 + 2 * uniforms(generator, iterations)
-    total = torch.from_numpy(plain(7)).double()
+    total = torch.from_numpy(plain(7, shape)).double()
     for i in range(iterations):
-        size = (max(1, int(32 / ratios[i] ** i)), max(1, int(24 / ratios[i] ** i)))
+        size = (max(1, int(high / ratios[i] ** i)), max(1, int(wide / ratios[i] ** i)))
         field = torch.from_numpy(generator.standard_normal((4, *size), dtype=np.float32)).double()
-        total += discount**i * interpolate(field[None], size=(32, 24), mode="bilinear")[0]
+        total += discount**i * interpolate(field[None], size=(high, wide), mode="bilinear")[0]
         if 1 in size:
             break
-    found = torch.from_numpy(pyramid(7, iterations, discount))
+    found = torch.from_numpy(pyramid(7, iterations, discount, shape=shape))
     assert found.dtype == torch.float32
     assert_close(found.double(), total / total.std(), rtol=0, atol=1e-6)  # rounded to float32
 

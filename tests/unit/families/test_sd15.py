@@ -13,12 +13,15 @@ import pytest
 import torch
 from adapters import SD15_MODULES, TINY_BASE, sd15_components
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from raylora.adapt.keys import kohya_name
 from raylora.base.errors import WeightsError
 from raylora.families.sd15 import Sd15, Sd15Options
+from raylora.networks.locon import LoconOptions
 
+GOLDEN = Path(__file__).parents[2] / "golden"
 CPU = torch.device("cpu")
 
 
@@ -111,6 +114,87 @@ def test_pickled_weights_are_not_read(base: Path):
     (base / "unet/diffusion_pytorch_model.bin").write_bytes(b"")
     with pytest.raises(WeightsError, match=r"Pickle weights \(.bin, .ckpt\) are not read"):
         opened(base).load_denoiser(dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("network", "unet", "text"),
+    list(zip(SD15_MODULES, (192, 278), (72, 72), strict=True)),
+)
+def test_all_layers_are_those_of_sd_scripts(network: str, unet: int, text: int):
+    """UNet and text encoder of SD 1.5 in full size: names, and the shapes that a file gets."""
+    models = sd15_components()
+    sites = opened().sites(models["unet"], "attention_mlp", convolutions=unet > 192)
+    assert len(sites) == unet
+    texts = opened().text_sites(models, "attention_mlp")
+    assert len(texts) == text
+    options = LoconOptions(rank=4, alpha=2.0, conv_rank=4, conv_alpha=2.0)
+    theirs = SD15_MODULES[network]
+    assert {kohya_name(site.name) for site in [*sites, *texts]} == set(theirs)
+    for site in [*sites, *texts]:
+        kernel = site.kernel if site.kind == "conv" else ()
+        rank = options.rank_at(site)
+        found = [
+            [rank, site.inputs, *kernel],
+            [site.outputs, rank, *(1 for _ in kernel)],
+            options.scale_at(site) * rank,
+        ]
+        assert found == theirs[kohya_name(site.name)], site.name
+
+
+def test_a_layers_block_is_that_of_sd_scripts():
+    recorded = json.loads((GOLDEN / "param_groups.json").read_text())
+    theirs = recorded["block_index_of_unet_modules"]["sd15"]
+    sites = opened().sites(sd15_components()["unet"], "attention_mlp", convolutions=True)
+    ours = {kohya_name(site.name): site.block for site in sites}
+    assert {name: ours[name] for name in theirs} == theirs
+    # the table leaves out the 3x3 convolutions, whose place follows from their neighbours'
+    assert ours["lora_unet_down_blocks_1_downsamplers_0_conv"] == 6
+    assert ours["lora_unet_up_blocks_0_upsamplers_0_conv"] == 15
+    assert all(block is not None for block in ours.values())
+
+
+@pytest.mark.parametrize(
+    "words", [{}, {"clip_skip": 2, "max_tokens": 150, "weighted_captions": True}]
+)
+def test_tokens_read_in_training_give_what_the_cache_holds(words: dict[str, Any]):
+    captions = ["ink icon, a (red:1.3) cat", "", "a long one, " * 30]
+    family = opened(**words)
+    cached = family.load_encoder(device=CPU).encode_texts(captions)
+    encoders = family.load_text_encoders(dtype=torch.float32, device=CPU)
+    tokens = {name: torch.from_numpy(held) for name, held in family.tokens(captions).items()}
+    read = family.read_tokens(encoders, tokens)
+    assert read.keys() == cached.keys()
+    assert_close(read["text"], torch.from_numpy(cached["text"]), rtol=0, atol=1e-6)
+
+
+def test_skeletons_have_the_layers_of_what_is_loaded():
+    family = opened()
+    denoiser, encoders = family.skeletons()
+    loaded = family.load_denoiser(dtype=torch.float32, device=CPU)
+    texts = family.load_text_encoders(dtype=torch.float32, device=CPU)
+    assert all(weight.is_meta for weight in denoiser.parameters())
+    assert family.sites(denoiser, "attention_mlp", convolutions=True) == family.sites(
+        loaded, "attention_mlp", convolutions=True
+    )
+    assert family.text_sites(encoders, "attention") == family.text_sites(texts, "attention")
+    assert family.text_sites(encoders, "attention") != []
+
+
+def test_another_vae_names_other_latents_and_the_same_texts(tmp_path: Path):
+    other = tmp_path / "vae"
+    shutil.copytree(TINY_BASE / "vae", other)
+    weights = next(other.glob("*.safetensors"))
+    held = load_file(weights)
+    save_file({name: tensor * 1.01 for name, tensor in held.items()}, weights)
+    plain, changed = opened(), opened(vae=str(other))
+    latents, texts = plain.encoder_facts()
+    other_latents, other_texts = changed.encoder_facts()
+    assert latents != other_latents
+    assert texts == other_texts
+    assert plain.fingerprint() == changed.fingerprint()
+    pixels = np.zeros((1, 3, 32, 32), np.float32)
+    found = [one.load_encoder(device=CPU).encode_images(pixels) for one in (plain, changed)]
+    assert not np.array_equal(found[0]["latents"], found[1]["latents"])
 
 
 @pytest.mark.parametrize(("layers", "rule"), [("attention_mlp", ""), ("attention", "_attn")])

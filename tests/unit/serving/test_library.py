@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from torch.nn.functional import conv2d, linear
 
 from raylora.adapt.attach import Adapter
 from raylora.adapt.deltas import delta
@@ -23,9 +24,12 @@ SITES = [
     Site(f"{BLOCK}.proj_in", "conv", 6, 4),
     Site(f"{BLOCK}.transformer_blocks.0.attn1.to_q", "linear", 4, 5),
     Site(f"{BLOCK}.transformer_blocks.0.attn1.to_out.0", "linear", 5, 4),
+    Site("unet.mid_block.resnets.0.conv1", "conv", 3, 5, (3, 3), (1, 1), (1, 1)),
+    Site("unet.down_blocks.0.downsamplers.0.conv", "conv", 3, 3, (3, 3), (2, 2), (1, 1)),
+    Site("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "linear", 4, 4),
 ]
-RANKS = (2, 3, 1)
-ALPHAS = (1.0, 6.0, 0.5)
+RANKS = (2, 3, 1, 2, 3, 1)
+ALPHAS = (1.0, 6.0, 0.5, 4.0, 1.5, 2.0)
 
 
 def modules(seed: int = 0) -> list[AdapterModule]:
@@ -33,9 +37,10 @@ def modules(seed: int = 0) -> list[AdapterModule]:
     generator = torch.Generator().manual_seed(seed)
     made = []
     for site, rank, alpha in zip(SITES, RANKS, ALPHAS, strict=True):
-        kernel = (1, 1) if site.kind == "conv" else ()
+        conv = site.kind == "conv"
+        kernel = site.kernel if conv else ()
         down = torch.randn(rank, site.inputs, *kernel, generator=generator)
-        up = torch.randn(site.outputs, rank, *kernel, generator=generator)
+        up = torch.randn(site.outputs, rank, *((1, 1) if conv else ()), generator=generator)
         made.append(AdapterModule(site.name, {DOWN: down, UP: up, ALPHA: torch.tensor(alpha)}))
     return made
 
@@ -124,20 +129,37 @@ def test_a_files_own_ranks_and_alphas_are_applied(dtype):
     adapter = on_sites(file(dtype=dtype))
     for site, module, rank, alpha in zip(SITES, modules(), RANKS, ALPHAS, strict=True):
         stored = [module.tensors[part].to(dtype) for part in (DOWN, UP)]
-        expected = delta(*stored, alpha / rank).flatten(1)
-        x = torch.eye(site.inputs)
-        given = adapted(adapter, site, x)
-        # float32 sums of at most 3 products of numbers of size 1
-        torch.testing.assert_close(given.double(), expected.T, rtol=0, atol=1e-5)
+        weight = delta(*stored, alpha / rank).float()
+        if site.kind == "conv":
+            x = torch.randn(2, site.inputs, 6, 6, generator=torch.Generator().manual_seed(1))
+            expected = conv2d(x, weight, stride=site.stride, padding=site.padding)
+        else:
+            x = torch.eye(site.inputs)
+            expected = linear(x, weight)
+        # float32 sums of at most 27 times 3 products of numbers of size 1
+        given = adapted(adapter, site, x, torch.zeros_like(expected))
+        torch.testing.assert_close(given, expected, rtol=0, atol=2e-5)
 
 
-def adapted(adapter: Adapter, site: Site, x: Tensor) -> Tensor:
-    """What the adapter adds at a site, (N, I) -> (N, O), for a base that gives 0."""
-    if site.kind == "conv":
-        x = x[:, :, None, None]
-    base = torch.zeros(len(x), site.outputs, *x.shape[2:])
+def adapted(adapter: Adapter, site: Site, x: Tensor, base: Tensor) -> Tensor:
+    """What the adapter adds at a site to what the base gives."""
     parameters, scale = adapter.parameters[site.name], adapter.scales[site.name]
-    return adapter.network.forward(parameters, x, base, scale).flatten(1)
+    return adapter.network.forward(parameters, x, base, scale, site, None)
+
+
+def test_a_file_of_diffusers_naming_is_served_too():
+    data = adapter_bytes(modules(), {}, dtype=torch.float64, naming="diffusers")
+    ours, theirs = on_sites(file(dtype=torch.float64)), on_sites(data)
+    assert [site.name for site in theirs.sites] == [site.name for site in SITES]
+    for site in SITES:
+        for adapter in (ours, theirs):
+            assert adapter.parameters[site.name]["down"].dim() == (4 if site.kernel[0] > 1 else 2)
+        (down, up), scale = ours.parameters[site.name].values(), ours.scales[site.name]
+        halves = theirs.parameters[site.name].values()
+        assert theirs.scales[site.name] == 1.0
+        wanted = delta(down.detach(), up.detach(), scale)
+        found = delta(*(half.detach() for half in halves), 1.0)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_layers_that_a_file_leaves_out_stay_bare():
@@ -147,8 +169,8 @@ def test_layers_that_a_file_leaves_out_stay_bare():
 
 def test_a_lora_for_another_base_is_refused():
     with pytest.raises(WeightsError, match=r"to_out_0: the base has no such layer"):
-        on_sites(file(), SITES[:2])
-    wider = [SITES[0], SITES[1], Site(SITES[2].name, "linear", 8, 8)]
+        on_sites(file(), SITES[:2] + SITES[3:])
+    wider = [*SITES[:2], Site(SITES[2].name, "linear", 8, 8), *SITES[3:]]
     with pytest.raises(WeightsError, match="from 5 to 4 channels, the base's from 8 to 8"):
         on_sites(file(), wider)
 

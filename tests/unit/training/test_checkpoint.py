@@ -114,6 +114,16 @@ def test_pruning_leaves_the_newest_whole(storage: Storage):
     assert checkpoint_steps(storage) == [2, 3]
 
 
+def test_pruning_spares_what_the_newest_names(storage: Storage):
+    for step in (1, 2, 3, 4):
+        kept = replace(state(step), facts={**FACTS, "keep": [2] if step == 4 else [1, 3]})
+        write_checkpoint(storage, kept, b"x")
+    prune(storage, 1)
+    assert checkpoint_steps(storage) == [2, 4]
+    assert len(storage.entries("checkpoints")) == 8
+    assert read_facts(storage, 4)["keep"] == [2]
+
+
 def trained(steps: int, dtype: torch.dtype) -> tuple[nn.Parameter, torch.optim.Optimizer]:
     values = nn.Parameter(torch.linspace(-1, 1, 7, dtype=dtype))
     optimizer = make_optimizer(OptimizerOptions(learning_rate=0.1), values)

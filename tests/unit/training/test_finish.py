@@ -31,8 +31,19 @@ def here(tmp_path) -> Storage:
     writer.add({"done": 3, "validation": 0.25, "validation/400": 0.25})
     writer.flush()
     for step in (1, 3):
-        write_checkpoint(storage, State(step, {"values": torch.zeros(1)}, {}), b"lora %d" % step)
+        add_checkpoint(storage, step, best=(3, 0.25))
     return storage
+
+
+def add_checkpoint(
+    storage: Storage, step: int, *, best: tuple[int | None, float | None], keep: bool = False
+) -> None:
+    facts = {
+        "judge": {"best": {"step": best[0], "loss": best[1]}},
+        "keep": [best[0]] if keep else [],
+    }
+    state = State(step, {"values": torch.zeros(1)}, facts)
+    write_checkpoint(storage, state, b"lora %d" % step)
 
 
 def add_pictures(storage: Storage, step: int, count: int) -> None:
@@ -48,12 +59,51 @@ def test_the_newest_checkpoints_file_gets_the_runs_name(here: Storage):
     assert result == {
         "name": "cats",
         "steps": 3,
+        "ended": "all steps",
         "files": {"adapter": "cats.safetensors", "curves": "curves.png"},
         "adapter_bytes": 6,
         "validation_first": 0.5,
         "validation_last": 0.25,
+        "validation_best": 0.25,
+        "best_step": 3,
     }
     assert Image.open(io.BytesIO(here.read("curves.png"))).width > 500
+
+
+def test_the_best_lies_beside_the_last_where_it_was_kept(here: Storage):
+    add_checkpoint(here, 4, best=(1, 0.125), keep=True)
+    result = finish_run(here, name="cats", preview=PreviewOptions())
+    assert result["files"]["adapter"] == "cats.safetensors"
+    assert result["files"]["best"] == "cats-best.safetensors"
+    assert (result["best_step"], result["validation_best"]) == (1, 0.125)
+    assert here.read("cats.safetensors") == b"lora 4"
+    assert here.read("cats-best.safetensors") == b"lora 1"
+
+
+@pytest.mark.parametrize(
+    ("best", "keep"),
+    [((4, 0.1), True), ((1, 0.1), False), ((None, None), False)],
+    ids=["it is the last", "not asked for", "nothing measured"],
+)
+def test_otherwise_there_is_one_file(
+    here: Storage, best: tuple[int | None, float | None], keep: bool
+):
+    add_checkpoint(here, 4, best=best, keep=keep)
+    result = finish_run(here, name="cats", preview=PreviewOptions())
+    assert "best" not in result["files"]
+    assert here.entry("cats-best.safetensors") is None
+    assert (result["best_step"], result["validation_best"]) == best
+
+
+def test_a_run_that_ended_early_says_where(here: Storage):
+    events = SegmentWriter(here, "events", attempt=1)
+    events.add({"event": "early stop", "step": 3})
+    events.flush()
+    assert finish_run(here, name="cats", preview=PreviewOptions())["ended"] == (
+        "early stop at step 3, best 3"
+    )
+    add_checkpoint(here, 4, best=(3, 0.25))  # it went on from there
+    assert finish_run(here, name="cats", preview=PreviewOptions())["ended"] == "all steps"
 
 
 def test_the_grid_has_the_rounds_that_are_whole(here: Storage):

@@ -1,0 +1,145 @@
+"""Starting from a LoRA file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapters import random_module
+from numpy.testing import assert_allclose
+from numpy.typing import NDArray
+
+from raylora.adapt.initial import Initial, initial_weights
+from raylora.adapt.keys import Naming, kohya_name
+from raylora.adapt.lora_file import (
+    DOWN,
+    UP,
+    AdapterFile,
+    AdapterModule,
+    adapter_bytes,
+    read_adapter,
+)
+from raylora.base.errors import WeightsError
+from raylora.base.site import Site
+from raylora.networks.locon import LoconOptions
+from raylora.networks.lora import LoraOptions
+
+PROJ = Site("unet.mid_block.attentions.0.proj_in", "conv", 6, 4)
+Q = Site("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "linear", 4, 5)
+CONV = Site("unet.mid_block.resnets.0.conv1", "conv", 4, 7, (3, 3), (1, 1), (1, 1))
+TEXT = Site("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "linear", 8, 8)
+SITES = [PROJ, Q, CONV, TEXT]
+
+
+def module(site: Site, *, rank: int = 3, alpha: float = 1.5) -> AdapterModule:
+    kernel = site.kernel if site.kind == "conv" else ()
+    return random_module(site.name, (site.outputs, site.inputs, *kernel), rank=rank, alpha=alpha)
+
+
+def file(*modules: AdapterModule, naming: Naming = "kohya") -> AdapterFile:
+    return read_adapter(adapter_bytes(modules, {}, dtype=torch.float32, naming=naming))
+
+
+def fresh(site: Site) -> dict[str, NDArray[np.float64]]:
+    return {"down": np.full((3, site.inputs), 7.0), "up": np.zeros((site.outputs, 3))}
+
+
+def delta(found: Initial, site: Site) -> NDArray[np.float64]:
+    """scale · up · down, (O, I) or (O, I, kh, kw), from first weights."""
+    down, up = found.weights[site.name]["down"], found.weights[site.name]["up"]
+    return found.scales[site.name] * np.tensordot(up, down, 1)
+
+
+def assert_deltas(found: Initial, held: AdapterFile, sites: list[Site]) -> None:
+    for site in sites:
+        wanted = held.delta(kohya_name(site.name)).numpy()
+        if site.kernel == (1, 1):
+            wanted = wanted.reshape(site.outputs, site.inputs)
+        assert_allclose(delta(found, site), wanted, rtol=1e-13, atol=1e-17)
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+def test_the_files_delta_is_kept_at_the_jobs_own_scale(naming: Naming) -> None:
+    held = file(*[module(site) for site in SITES], naming=naming)
+    options = LoconOptions(rank=3, alpha=12.0, conv_rank=3, conv_alpha=0.9)
+    found = initial_weights(held, SITES, options, fresh)
+    assert found.sites == SITES
+    assert [found.scales[site.name] for site in SITES] == [4.0, 4.0, 0.9 / 3, 4.0]
+    assert_deltas(found, held, SITES)
+    for site in SITES:  # down is the file's, so that its length is what training goes on from
+        down = held.modules[kohya_name(site.name)].tensors[DOWN].double().numpy()
+        assert_allclose(found.weights[site.name]["down"].ravel(), down.ravel(), rtol=0, atol=0)
+    assert found.weights[CONV.name]["down"].shape == (3, 4, 3, 3)
+    assert found.weights[PROJ.name]["down"].shape == (3, 6)
+    assert found.weights[PROJ.name]["up"].shape == (4, 3)
+
+
+def test_layers_that_the_file_leaves_out_start_fresh() -> None:
+    held = file(module(Q))
+    found = initial_weights(held, [PROJ, Q], LoraOptions(rank=3), fresh)
+    assert found.sites == [PROJ, Q]
+    assert (found.weights[PROJ.name]["down"] == 7).all()
+    assert_deltas(found, held, [Q])
+
+
+def test_a_module_of_zeros_that_only_fills_the_file_starts_fresh() -> None:
+    empty = module(Q)
+    for part in (DOWN, UP):
+        empty.tensors[part].zero_()
+    found = initial_weights(file(empty, module(PROJ)), [PROJ, Q], LoraOptions(rank=3), fresh)
+    assert (found.weights[Q.name]["down"] == 7).all()
+    ranks = LoraOptions(initial="a.safetensors", initial_ranks=True)
+    assert initial_weights(file(empty, module(PROJ)), [PROJ, Q], ranks, fresh).sites == [PROJ]
+    # Nor does it matter where the job does not train the layer.
+    assert initial_weights(file(empty, module(PROJ)), [PROJ], ranks, fresh).sites == [PROJ]
+
+
+def test_ranks_scales_and_layers_come_from_the_file_when_asked() -> None:
+    held = file(module(Q, rank=2, alpha=5.0), module(CONV, rank=1, alpha=0.25))
+    options = LoraOptions(rank=16, initial="a.safetensors", initial_ranks=True)
+    found = initial_weights(held, SITES, options, fresh)
+    assert found.sites == [Q, CONV]
+    assert found.scales == {Q.name: 2.5, CONV.name: 0.25}
+    assert found.weights[Q.name]["down"].shape == (2, 4)
+    assert_deltas(found, held, [Q, CONV])
+
+
+def test_another_rank_than_the_jobs_is_refused() -> None:
+    held = file(module(Q, rank=2), module(PROJ))
+    with pytest.raises(WeightsError) as caught:
+        initial_weights(held, [PROJ, Q], LoraOptions(rank=3), fresh)
+    assert str(caught.value) == (
+        f"network.initial has other ranks than this job at 1 layers: {Q.name} (rank 2, the job's "
+        "is 3). Set network.initial_ranks: true to take the file's, or set network.rank to them."
+    )
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+@pytest.mark.parametrize(
+    ("left", "remedy"),
+    [(TEXT, "network.train: both"), (CONV, "network.kind: locon"), (Q, "network.layers")],
+)
+def test_layers_that_the_job_does_not_train_are_refused_with_what_would_train_them(
+    left: Site, remedy: str, ranks: bool
+) -> None:
+    options: dict[str, Any] = {"initial": "a.safetensors", "initial_ranks": True} if ranks else {}
+    with pytest.raises(WeightsError, match=f"has 1 layers that this job .*{remedy}") as caught:
+        initial_weights(
+            file(module(PROJ), module(left)), [PROJ], LoraOptions(rank=3, **options), fresh
+        )
+    assert kohya_name(left.name) in str(caught.value)
+
+
+def test_a_file_for_another_base_is_refused() -> None:
+    wider = Site(Q.name, "linear", 9, 5)
+    with pytest.raises(WeightsError, match=r"from 9 to 5 channels, the base's from 4 to 5"):
+        initial_weights(file(module(wider)), [Q], LoraOptions(rank=3), fresh)
+    pointwise = Site(CONV.name, "conv", 4, 7)
+    with pytest.raises(WeightsError, match="kernel of 1x1, the base's of 3x3"):
+        initial_weights(file(module(pointwise)), [CONV], LoraOptions(rank=3), fresh)
+    foreign = file(module(Q))
+    foreign.modules["lora_te2_a"] = foreign.modules.pop(kohya_name(Q.name))
+    with pytest.raises(WeightsError, match="lora_te2_a: no layer of Stable Diffusion"):
+        initial_weights(foreign, [Q], LoraOptions(rank=3), fresh)

@@ -1,0 +1,45 @@
+"""A least-squares problem that every optimizer can be let loose on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from raylora.optim.optimizers import OptimizerOptions, TensorGroup, make_optimizer, sets_rate
+
+SHAPES = [(8, 640), (640, 8), (5, 1)]  # above and below bitsandbytes' least size of 4096 numbers
+
+
+class Problem:
+    """Parameters in two groups, that want to be `target`."""
+
+    def __init__(self, options: OptimizerOptions, values: list[Tensor] | None = None) -> None:
+        draw = torch.Generator().manual_seed(0)
+        start = [torch.randn(*shape, generator=draw) for shape in SHAPES]
+        self.target = [torch.randn(*shape, generator=draw) for shape in SHAPES]
+        self.leaves = [nn.Parameter(value.clone()) for value in values or start]
+        self.options = options
+        rate = options.rate
+        groups: list[TensorGroup] = [
+            {"params": self.leaves[:1], "rate": rate, "name": "textencoder"},
+            {"params": self.leaves[1:], "rate": rate, "name": "unet"},
+        ]
+        self.optimizer = make_optimizer(options, groups)
+
+    def values(self) -> list[Tensor]:
+        return [leaf.detach().clone() for leaf in self.leaves]
+
+    def loss(self) -> float:
+        pairs = zip(self.leaves, self.target, strict=True)
+        return sum(float((leaf - target).square().sum()) for leaf, target in pairs) / 2
+
+    def move(self, steps: range, factor: Callable[[int], float]) -> None:
+        for step in steps:
+            for leaf, target in zip(self.leaves, self.target, strict=True):
+                leaf.grad = (leaf - target).detach()
+            if sets_rate(self.options):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = abs(self.options.rate) * factor(step)
+            self.optimizer.step()
