@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import PurePosixPath
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 import numpy as np
+import yaml
 
 from raylora.adapt.metadata import AdapterFacts
 from raylora.base.seeds import sample_number
 from raylora.base.version import VERSION
 from raylora.data.dataset import Dataset
+from raylora.data.options import SetOptions
 from raylora.data.rows import Rows
 from raylora.data.steps import StepPlan
 from raylora.families import Family
 from raylora.job import Job
+from raylora.networks.locon import LoconOptions
 
 CLIP_TOKENS = 75
 MOST_TAGS = 10_000
@@ -35,15 +38,16 @@ def adapter_facts(
     total_steps: int,
     started_at: float,
     now: float,
+    base_license: str = "",
 ) -> AdapterFacts:
     """Facts of the file saved after `step` global steps.
 
     Args:
         images: the `image_facts`.
         held_out: how many images are measured and not trained on.
+        base_license: as `find_license` finds it; `export.license` replaces it.
     """
-    network, training = job.network, job.training
-    data = job.sets[0]  # the header has room for one set's shape
+    training = job.training
     about = family.metadata
     reg = np.array([options.is_reg for options in job.sets])[dataset.rows.set]
     return AdapterFacts(
@@ -52,64 +56,213 @@ def adapter_facts(
         output_name=job.name,
         architecture=f"{about['modelspec.architecture']}/lora",
         base_model_version=about["ss_base_model_version"],
-        prediction_type="v" if about["modelspec.prediction_type"] == "v" else "epsilon",
-        resolution=data.resolution,
-        rank=network.rank,
-        alpha=network.alpha or network.rank,
-        network_args={"layers": network.layers},
+        prediction_type=_prediction(job, family),
         images_per_step=training.images_per_step,
         steps=step,
         epoch=-(-step // plan.steps_per_epoch),
         max_steps=total_steps,
         epochs=-(-total_steps // plan.steps_per_epoch),
-        seed=training.seed,
-        learning_rate=job.optimizer.learning_rate,
-        unet_rate=job.optimizer.learning_rate,
-        optimizer=f"torch.optim.AdamW(weight_decay={job.optimizer.weight_decay},"
-        f"betas={job.optimizer.betas},eps={job.optimizer.eps})",
-        schedule=job.schedule.name,
-        warmup_steps=job.schedule.warmup_steps,
-        max_grad_norm=job.optimizer.max_grad_norm,
-        mixed_precision="bf16" if training.precision == "bf16" else "no",
+        seed=job.seed,
         started_at=started_at,
         finished_at=now,
         session_id=sample_number(job.name + job.fingerprint(), 0) % 2**32,
         train_images=int(dataset.rows.repeats[~reg].sum()),
         reg_images=int(dataset.rows.repeats[reg].sum()),
         batches_per_epoch=plan.steps_per_epoch,
-        title=job.export.title or job.name,
-        author=job.export.author or "",
-        comment=job.export.comment,
         base_name=about["ss_sd_model_name"],
-        loss=job.loss.name,
-        min_snr_gamma=job.loss.weight.gamma if job.loss.weight.name == "min_snr" else None,
-        enable_bucket=data.enable_bucket,
-        bucket_no_upscale=data.bucket_no_upscale,
-        min_bucket_reso=data.min_bucket_reso,
-        max_bucket_reso=data.max_bucket_reso,
-        validate_every_steps=job.validation.every_steps if held_out else None,
-        clip_skip=int(about["ss_clip_skip"]) if "ss_clip_skip" in about else None,
+        vae_name=PurePosixPath(job.family.vae).name if job.family.vae else None,
+        gradient_checkpointing=job.memory.gradient_checkpointing,
+        clip_skip=_skipped(int(about.get("ss_clip_skip", 1))),
         max_token_length=_chunked(family.max_tokens),
-        validation_images=held_out,
-        validation_split=data.validation_split,
+        timestep_range=_timestep_range(job, family),
         prior_loss_weight=job.data.prior_loss_weight,
-        resize_interpolation=data.resize_interpolation,
         cached_latents=not job.data.pictures_live,
-        flip=data.flip_aug,
-        color_aug=data.color_aug,
-        random_crop=data.random_crop,
-        shuffle_caption=data.shuffle_caption,
-        keep_tokens=data.keep_tokens,
-        caption_dropout_rate=data.caption_dropout_rate,
-        caption_dropout_every_epochs=data.caption_dropout_every_n_epochs,
-        tag_dropout_rate=data.caption_tag_dropout_rate,
+        **_export_facts(job, base_license),
+        **_network_facts(job),
+        **_rate_facts(job),
+        **_loss_facts(job),
+        **_noise_facts(job),
+        **_validation_facts(job, held_out),
+        **_set_facts(job.sets[0]),  # the header has room for one set's shape
         **images,
     )
+
+
+def _prediction(job: Job, family: Family) -> Literal["epsilon", "v"]:
+    chosen = job.noise.prediction or family.metadata["modelspec.prediction_type"]
+    return "v" if chosen in ("v", "v_prediction") else "epsilon"
+
+
+def _timestep_range(job: Job, family: Family) -> tuple[int, int] | None:
+    """Only what is not all of them is named, as in sd-scripts."""
+    low, high = job.training.min_timestep, job.training.max_timestep
+    if not low and high is None:
+        return None
+    return low, family.process.steps if high is None else high
+
+
+def _export_facts(job: Job, base_license: str) -> dict[str, Any]:
+    export = job.export
+    return {
+        "title": export.title or job.name,
+        "author": export.author or "",
+        "description": export.description or "",
+        "license": export.license or base_license,
+        "tags": ", ".join(export.tags),
+        "trigger_phrase": export.trigger_phrase or "",
+        "usage_hint": export.usage_hint or "",
+        "comment": export.comment,
+        "minimal": export.metadata == "minimal",
+    }
+
+
+def _network_facts(job: Job) -> dict[str, Any]:
+    network = job.network
+    from_file = network.initial_ranks
+    return {
+        "rank": None if from_file else network.rank,
+        "alpha": None if from_file else network.alpha or network.rank,
+        "network_args": _network_args(job),
+        "network_dropout": network.dropout or None,
+        "scale_weight_norms": network.max_norm,
+    }
+
+
+def _network_args(job: Job) -> dict[str, str]:
+    """`--network_args` of sd-scripts that say the same; text each, as from its command line."""
+    network, optimizer = job.network, job.optimizer
+    blocks = optimizer.block_rates
+    words: dict[str, Any] = {
+        "rank_dropout": network.rank_dropout or None,
+        "module_dropout": network.module_dropout or None,
+        "loraplus_lr_ratio": optimizer.lora_plus_ratio,
+        "loraplus_unet_lr_ratio": optimizer.lora_plus_denoiser_ratio,
+        "loraplus_text_encoder_lr_ratio": optimizer.lora_plus_text_encoder_ratio,
+        "down_lr_weight": blocks.down,
+        "mid_lr_weight": blocks.mid,
+        "up_lr_weight": blocks.up,
+        "block_lr_zero_threshold": blocks.zero_threshold or None,
+    }
+    if isinstance(network, LoconOptions):
+        conv_rank = network.conv_rank or network.rank
+        words |= {"conv_dim": conv_rank, "conv_alpha": network.conv_alpha or conv_rank}
+    return {word: _typed(value) for word, value in words.items() if value is not None}
+
+
+def _typed(value: Any) -> str:
+    """As a person would type it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(_typed, value))
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _rate_facts(job: Job) -> dict[str, Any]:
+    optimizer, network = job.optimizer, job.network
+    precision = job.training.precision
+    return {
+        "learning_rate": optimizer.rate,
+        "unet_rate": optimizer.rate_of("denoiser") if network.trains_denoiser else None,
+        "text_encoder_rate": optimizer.rate_of("text_encoder") if network.trains_text else None,
+        "optimizer": optimizer.spelled,
+        "schedule": job.schedule.name.replace(":", "."),
+        "warmup_steps": job.schedule.warmup_steps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "mixed_precision": precision if precision in ("fp16", "bf16") else "no",
+    }
+
+
+def _loss_facts(job: Job) -> dict[str, Any]:
+    loss = job.loss
+    return {
+        "loss": loss.name,
+        "huber_schedule": loss.huber_schedule,
+        "huber_c": loss.huber_c,
+        "huber_scale": loss.huber_scale,
+        "min_snr_gamma": loss.weight.gamma if loss.weight.name == "min_snr" else None,
+        "debiased_estimation": loss.weight.name == "debiased",
+    }
+
+
+def _noise_facts(job: Job) -> dict[str, Any]:
+    """What is off is None in sd-scripts, not 0."""
+    noise = job.noise
+    return {
+        "zero_terminal_snr": noise.zero_terminal_snr,
+        "noise_offset": noise.offset or None,
+        "noise_offset_random": noise.offset_random,
+        "adaptive_noise_scale": noise.adaptive_scale or None,
+        "multires_noise_iterations": noise.multires_iterations or None,
+        "multires_noise_discount": noise.multires_discount,
+        "ip_noise_gamma": noise.input_perturbation or None,
+        "ip_noise_gamma_random": noise.input_perturbation_random,
+    }
+
+
+def _validation_facts(job: Job, held_out: int) -> dict[str, Any]:
+    split = job.sets[0].validation_split
+    return {
+        "validation_images": held_out,
+        "validation_split": split,
+        "validation_seed": job.sets[0].validation_seed if split else None,
+        "validate_every_steps": job.validation.every_steps if held_out else None,
+        "validate_every_epochs": job.validation.every_epochs if held_out else None,
+    }
+
+
+def _set_facts(data: SetOptions) -> dict[str, Any]:
+    face = data.face_crop_aug_range
+    return {
+        "resolution": data.resolution,
+        "enable_bucket": data.enable_bucket,
+        "bucket_no_upscale": data.bucket_no_upscale,
+        "min_bucket_reso": data.min_bucket_reso,
+        "max_bucket_reso": data.max_bucket_reso,
+        "resize_interpolation": data.resize_interpolation,
+        "flip": data.flip_aug,
+        "color_aug": data.color_aug,
+        "random_crop": data.random_crop,
+        "face_crop": _typed(face) if face else None,
+        "shuffle_caption": data.shuffle_caption,
+        "keep_tokens": data.keep_tokens,
+        "caption_dropout_rate": data.caption_dropout_rate,
+        "caption_dropout_every_epochs": data.caption_dropout_every_n_epochs,
+        "tag_dropout_rate": data.caption_tag_dropout_rate,
+    }
+
+
+def find_license(folder: Path) -> str:
+    """The licence that a base's README.md names before its text, as model pages have it.
+
+    "" where there is no README.md or it names none. Where the licence is "other", the name that
+    stands beside it.
+    """
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return ""
+    start, _, rest = readme.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    front, end, _ = rest.partition("\n---")
+    if start.strip() or not end:
+        return ""
+    try:
+        words = yaml.safe_load(front)
+    except yaml.YAMLError:
+        return ""
+    if not isinstance(words, dict):
+        return ""
+    found = words.get("license")
+    if found == "other":
+        found = words.get("license_name", found)
+    return ", ".join(map(str, found)) if isinstance(found, list) else str(found or "")
 
 
 def _chunked(tokens: int | None) -> int | None:
     """Only what is not CLIP's own length is named, as in sd-scripts."""
     return tokens if tokens and tokens > CLIP_TOKENS else None
+
+
+def _skipped(layer: int) -> int | None:
+    """Likewise: CLIP's last layer is what is taken where nothing is skipped."""
+    return layer if layer > 1 else None
 
 
 def image_facts(job: Job, dataset: Dataset) -> dict[str, Any]:

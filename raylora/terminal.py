@@ -57,10 +57,10 @@ def _show(progress: Progress, task: TaskID, row: Row) -> None:
     elif "validation" in row:
         progress.console.print(f"step {row['done']:5d}  {measured_line(row)}")
     elif "warning" in row:
-        progress.console.print(f"warning: {row['warning']}", style="yellow")
+        progress.console.print(f"warning: {row['warning']}", style="yellow", markup=False)
     elif row.get("event") in _SHOWN:
         facts = "  ".join(f"{name} {value}" for name, value in row.items() if name != "event")
-        progress.console.print(f"[dim]{row['event']}  {facts}[/dim]")
+        progress.console.print(f"{row['event']}  {facts}", style="dim", markup=False)
 
 
 def show_arithmetic(numbers: dict[str, Any]) -> None:

@@ -14,13 +14,22 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 _MODELSPEC_VERSION = "1.0.1"
+# What sd-scripts keeps with --no_metadata; ModelSpec's words it writes all the same.
+_MINIMAL = (
+    "v2",
+    "base_model_version",
+    "network_module",
+    "network_dim",
+    "network_alpha",
+    "network_args",
+)
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
     """What a header says of one saved adapter; handed over by whoever knows the job and the run.
 
-    Words that raylora cannot set yet have sd-scripts' defaults, which state that they are off.
+    None and False are what sd-scripts writes of what is off.
 
     Attributes:
         raylora_version, job_json: the program and the whole job, from which it can be run again.
@@ -28,13 +37,19 @@ class AdapterFacts:
         base_model_version: sd-scripts' word for the family, e.g. "sd_v1".
         prediction_type: what the base predicts, "epsilon" or "v".
         resolution: (width, height) in pixels.
-        rank, alpha: of most modules.
-        network_module, network_args: sd-scripts' words for the network.
+        rank, alpha: of most modules; None where a file to start from chose them.
+        network_module, network_args: sd-scripts' words for the network; all text, as it has them
+            from its command line.
+        text_encoder_rate: None where it is not trained.
         images_per_step: of the global step; workers share it, so it names no machine.
         steps, epoch: done when this file was saved; max_steps, epochs: asked for.
         started_at, finished_at: seconds since 1970.
         session_id: any number that all checkpoints of one run share.
         base_name, base_hash, base_sha256: of the base's file; "" where it is a folder.
+        vae_name: of a VAE that is not the base's.
+        face_crop: "lowest,highest", as sd-scripts' option is written.
+        timestep_range: lowest and one past the highest; None is all of them.
+        minimal: only the words by which other programs tell what kind of file it is.
         dataset_folders: folder -> {"n_repeats": ..., "img_count": ...}; also `reg_folders`.
         tag_frequency: folder -> {tag: count}.
         bucket_info: {"buckets": {index: {"resolution": [w, h], "count": n}}, "mean_img_ar_error"}.
@@ -47,8 +62,8 @@ class AdapterFacts:
     base_model_version: str
     prediction_type: Literal["epsilon", "v"]
     resolution: tuple[int, int]
-    rank: int
-    alpha: float
+    rank: int | None
+    alpha: float | None
     images_per_step: int
     steps: int
     epoch: int
@@ -70,10 +85,13 @@ class AdapterFacts:
     license: str = ""
     tags: str = ""
     trigger_phrase: str = ""
+    usage_hint: str = ""
+    minimal: bool = False
     comment: str | None = None
     base_name: str = ""
     base_hash: str = ""
     base_sha256: str = ""
+    vae_name: str | None = None
     implementation: str = "diffusers"
     is_sd2: bool = False
     network_module: str = "networks.lora"
@@ -92,6 +110,7 @@ class AdapterFacts:
     validation_seed: int | None = None
     validation_split: float = 0.0
     validate_every_steps: int | None = None
+    validate_every_epochs: int | None = None
     reg_images: int = 0
     prior_loss_weight: float = 1.0
     loss: str = "l2"
@@ -101,11 +120,14 @@ class AdapterFacts:
     min_snr_gamma: float | None = None
     debiased_estimation: bool = False
     zero_terminal_snr: bool = False
+    timestep_range: tuple[int, int] | None = None
     noise_offset: float | None = None
+    noise_offset_random: bool = False
     adaptive_noise_scale: float | None = None
     multires_noise_iterations: int | None = None
     multires_noise_discount: float = 0.3
     ip_noise_gamma: float | None = None
+    ip_noise_gamma_random: bool = False
     scale_weight_norms: float | None = None
     enable_bucket: bool = True
     bucket_no_upscale: bool = False
@@ -115,6 +137,7 @@ class AdapterFacts:
     flip: bool = False
     color_aug: bool = False
     random_crop: bool = False
+    face_crop: str | None = None
     shuffle_caption: bool = False
     keep_tokens: int = 0
     caption_dropout_rate: float = 0.0
@@ -128,10 +151,14 @@ class AdapterFacts:
 
 def adapter_metadata(facts: AdapterFacts) -> dict[str, str]:
     """The header's words, but for the hashes, which `adapter_bytes` adds."""
+    spec = {f"modelspec.{word}": value for word, value in _modelspec(facts).items() if value}
     words = {**_run(facts), **_network(facts), **_loss(facts), **_dataset(facts)}
+    if facts.minimal:
+        kept = {word: words[word] for word in _MINIMAL if word in words}
+        return {**{f"ss_{word}": str(value) for word, value in kept.items()}, **spec}
     return {
         **{f"ss_{word}": str(value) for word, value in words.items()},
-        **{f"modelspec.{word}": value for word, value in _modelspec(facts).items() if value},
+        **spec,
         "raylora.version": facts.raylora_version,
         "raylora.job": facts.job_json,
     }
@@ -164,7 +191,8 @@ def _run(facts: AdapterFacts) -> dict[str, Any]:
         "lowram": False,
         "learning_rate": facts.learning_rate,
         "unet_lr": facts.unet_rate,
-        "text_encoder_lr": facts.text_encoder_rate,
+        # sd-scripts takes one for each text encoder, so it is a list there.
+        "text_encoder_lr": None if facts.text_encoder_rate is None else [facts.text_encoder_rate],
         "optimizer": facts.optimizer,
         "lr_scheduler": facts.schedule,
         "lr_warmup_steps": facts.warmup_steps,
@@ -172,7 +200,7 @@ def _run(facts: AdapterFacts) -> dict[str, Any]:
         "validation_seed": facts.validation_seed,
         "validation_split": facts.validation_split,
         "max_validation_steps": None,
-        "validate_every_n_epochs": None,
+        "validate_every_n_epochs": facts.validate_every_epochs,
         "validate_every_n_steps": facts.validate_every_steps,
     }
 
@@ -194,6 +222,8 @@ def _network(facts: AdapterFacts) -> dict[str, Any]:
     }
     if facts.network_args:
         words["network_args"] = _json(facts.network_args)
+    if facts.vae_name is not None:
+        words["vae_name"] = facts.vae_name
     return words
 
 
@@ -207,12 +237,12 @@ def _loss(facts: AdapterFacts) -> dict[str, Any]:
         "debiased_estimation": facts.debiased_estimation,
         "zero_terminal_snr": facts.zero_terminal_snr,
         "noise_offset": facts.noise_offset,
-        "noise_offset_random_strength": False,
+        "noise_offset_random_strength": facts.noise_offset_random,
         "adaptive_noise_scale": facts.adaptive_noise_scale,
         "multires_noise_iterations": facts.multires_noise_iterations,
         "multires_noise_discount": facts.multires_noise_discount,
         "ip_noise_gamma": facts.ip_noise_gamma,
-        "ip_noise_gamma_random_strength": False,
+        "ip_noise_gamma_random_strength": facts.ip_noise_gamma_random,
         "prior_loss_weight": facts.prior_loss_weight,
     }
 
@@ -232,7 +262,7 @@ def _dataset(facts: AdapterFacts) -> dict[str, Any]:
         "flip_aug": facts.flip,
         "color_aug": facts.color_aug,
         "random_crop": facts.random_crop,
-        "face_crop_aug_range": None,
+        "face_crop_aug_range": facts.face_crop,
         "shuffle_caption": facts.shuffle_caption,
         "keep_tokens": facts.keep_tokens,
         "caption_dropout_rate": facts.caption_dropout_rate,
@@ -251,6 +281,7 @@ def _modelspec(facts: AdapterFacts) -> dict[str, str]:
     Source: https://github.com/Stability-AI/ModelSpec
     """
     width, height = facts.resolution
+    low_high = facts.timestep_range
     return {
         "sai_model_spec": _MODELSPEC_VERSION,
         "architecture": facts.architecture,
@@ -260,12 +291,14 @@ def _modelspec(facts: AdapterFacts) -> dict[str, str]:
         "resolution": f"{width}x{height}",
         "date": datetime.fromtimestamp(int(facts.finished_at), UTC).isoformat(),
         "prediction_type": facts.prediction_type,
+        "timestep_range": "" if low_high is None else f"{low_high[0]},{low_high[1]}",
         "encoder_layer": "" if facts.clip_skip is None else str(facts.clip_skip),
         "author": facts.author,
         "description": facts.description,
         "license": facts.license,
         "tags": facts.tags,
         "trigger_phrase": facts.trigger_phrase,
+        "usage_hint": facts.usage_hint,
     }
 
 

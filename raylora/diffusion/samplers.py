@@ -80,9 +80,7 @@ _SCHEDULERS: dict[Sampler, _Scheduler] = {
     "dpm_2": _DPM_2,
     "dpm_2_a": _DPM_2_A,
     "dpmsolver": _Scheduler(*_MULTISTEP, _DPMSOLVER, from_pure_noise=True),
-    "dpmsolver++": _Scheduler(
-        *_MULTISTEP, {"algorithm_type": "dpmsolver++"}, from_pure_noise=True
-    ),
+    "dpmsolver++": _Scheduler(*_MULTISTEP, {"algorithm_type": "dpmsolver++"}, from_pure_noise=True),
     "dpmsingle": _Scheduler(
         "dpmsolver_singlestep", "DPMSolverSinglestepScheduler", {"lower_order_final": True}
     ),

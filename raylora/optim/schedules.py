@@ -297,10 +297,20 @@ def _piecewise(rules: list[tuple[float, float]]) -> Factor:
     return lambda t: next(value for step, value in rules if t < step)
 
 
+class _Standing(torch.optim.Optimizer):
+    """An optimizer with a rate and nothing else, so that a class that moves more is refused."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__([torch.zeros(1, requires_grad=True)], {"lr": rate})
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Move nothing."""
+
+
 def _simulated(options: ScheduleOptions, total_steps: int, rate: float) -> Factor:
     """The class's rates of a whole run, so that a resumed run can ask for any step's."""
     cls = load_class(options.name, torch.optim.lr_scheduler.LRScheduler, "schedule.name")
-    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    dummy = _Standing(rate)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's, about how its schedulers are called
         try:

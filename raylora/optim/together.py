@@ -86,12 +86,12 @@ def _part_problems(
                     f"optimizer.{word} is given, and network.train leaves the {part} out. Leave it "
                     "out, or set network.train: both."
                 )
-    if optimizer.text_encoder_stop is not None and trains_text:
-        if not trains_denoiser or optimizer.denoiser_rate == 0:
-            yield (
-                "optimizer.text_encoder_stop is given, and nothing but the text encoder is trained: "
-                "the run would go on for nothing. Leave it out, or shorten training.steps."
-            )
+    alone = trains_text and (not trains_denoiser or optimizer.denoiser_rate == 0)
+    if optimizer.text_encoder_stop is not None and alone:
+        yield (
+            "optimizer.text_encoder_stop is given, and nothing but the text encoder is trained, so "
+            "that the rest of the run would move nothing. Leave it out, or shorten training.steps."
+        )
     trained_parts = [
         part for part, on in (("denoiser", trains_denoiser), ("text_encoder", trains_text)) if on
     ]

@@ -25,7 +25,7 @@ class PictureSettings:
     Attributes:
         stream: which noise of `seed`; a job's prompt i, from 0, has stream i.
         strength: what the adapter is multiplied by.
-        label: for people: the prompt, and what sets it apart from the others.
+        label: for people: the prompt, and on a line of its own what sets the picture apart.
     """
 
     prompt: str
@@ -221,7 +221,8 @@ class PreviewOptions(Options):
             own = _section_of(prompt)
             strengths = self.strengths if own.strength is None else (own.strength,)
             for strength in strengths:
-                shown = f", strength {strength:g}" if strength != 1 or len(strengths) > 1 else ""
+                told = strength != 1 or len(strengths) > 1
+                shown = f"strength {strength:g}" if told else ""
                 found.append(self._picture(own, stream, strength, shown))
         return tuple(found)
 
@@ -239,23 +240,25 @@ class PreviewOptions(Options):
             place = f"preview.prompts.{number}" if mine else "preview.width and height"
             size = (own.width or self.width, own.height or self.height)
             if any(side % size_step for side in size):
-                found.append(f"{place} {size[0]}x{size[1]}: this base needs multiples of {size_step}.")
+                told = f"{place} {size[0]}x{size[1]}"
+                found.append(f"{told}: this base needs multiples of {size_step}.")
         samplers = [picture.sampler for picture in self.pictures()]
-        told = sampler_problems(samplers, pure_noise=pure_noise)
-        return [*dict.fromkeys(found), *(f"preview.sampler: {problem}" for problem in told)]
+        wrong = sampler_problems(samplers, pure_noise=pure_noise)
+        return [*dict.fromkeys(found), *(f"preview.sampler: {problem}" for problem in wrong)]
 
     def _picture(
         self, own: PromptOptions, stream: int, strength: float, shown: str
     ) -> PictureSettings:
         names = ("negative", "seed", "width", "height", "steps", "guidance", "sampler")
         given = {name: held for name in names if (held := getattr(own, name)) is not None}
-        told = [f"{name} {given[name]}" for name in names[1:2] + names[4:] if name in given]
+        told = [f"{name} {given[name]}" for name in ("seed", *names[4:]) if name in given]
+        notes = ", ".join([*told, *([shown] if shown else [])])
         return PictureSettings(
             own.prompt,
             **{name: getattr(self, name) for name in names} | given,
             stream=stream,
             strength=strength,
-            label=", ".join([own.prompt, *told]) + shown,
+            label=f"{own.prompt}\n{notes}" if notes else own.prompt,
         )
 
 

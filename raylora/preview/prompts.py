@@ -129,9 +129,7 @@ def read_prompts_file(url: str) -> list[str | dict[str, Any]]:
 
 
 def _lines(text: str) -> list[str | dict[str, Any]]:
-    return [
-        line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")
-    ]
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
 def _toml(text: str) -> list[str | dict[str, Any]]:

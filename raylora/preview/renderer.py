@@ -1,4 +1,4 @@
-"""Drawing previews: all noise belongs to (seed, prompt) alone, and the adapter is left as it was."""
+"""Drawing previews: noise belongs to (seed, prompt) alone, and the adapter stays as it was."""
 
 from __future__ import annotations
 

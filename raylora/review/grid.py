@@ -27,6 +27,7 @@ def draw_grid(
     Args:
         pictures: by row, then column, of any sizes. Small ones are enlarged without smoothing.
         rows: label of each row, e.g. its prompt; long ones are wrapped, and cut where the row ends.
+            What stands after a line break is whole.
         columns: label of each column, e.g. its step.
         title: a line above.
     """
@@ -66,16 +67,23 @@ def _enlarged(picture: Image.Image) -> Image.Image:
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: _Font, width: int, *, lines: int) -> str:
     """The text in lines that fit; what finds no room is cut, and shows that it is."""
-    found = [""]
+    text, _, kept = text.partition("\n")
+    below = _fitted(draw, kept, font, width) if kept else []
+    found, room = _fitted(draw, text, font, width), max(1, lines - len(below))
+    if len(found) > room:
+        found = [*found[: room - 1], _cut(draw, f"{found[room - 1]} {CUT}", font, width)]
+    return "\n".join([*found, *below])
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, font: _Font, width: int) -> list[str]:
+    lines = [""]
     for word in (part for long in text.split() for part in _parts(draw, long, font, width)):
-        longer = f"{found[-1]} {word}".strip()
-        if found[-1] and draw.textlength(longer, font=font) > width:
-            found.append(word)
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer, font=font) > width:
+            lines.append(word)
         else:
-            found[-1] = longer
-    if len(found) > lines:
-        found = [*found[: lines - 1], _cut(draw, f"{found[lines - 1]} {CUT}", font, width)]
-    return "\n".join(found)
+            lines[-1] = longer
+    return lines
 
 
 def _parts(draw: ImageDraw.ImageDraw, word: str, font: _Font, width: int) -> list[str]:

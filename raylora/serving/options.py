@@ -120,6 +120,4 @@ def picture_settings(
         )
     for problem in sampler_problems([held["sampler"]], pure_noise=pure_noise):
         raise OptionError(f"sampler: {problem}")
-    return PictureSettings(
-        request.prompt, **held, stream=request.stream, strength=request.strength
-    )
+    return PictureSettings(request.prompt, **held, stream=request.stream, strength=request.strength)

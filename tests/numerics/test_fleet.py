@@ -124,14 +124,14 @@ def drifting_member(rank: int, job: Job) -> float:
         torch.device("cpu"),
         prove=False,
     )
-    step = run.parts.optimizer.step
+    step = run.parts.mover.optimizer.step
 
     def drift(*arguments: object) -> None:
         step()
         if rank == 1:
             run.parts.adapter.values.data[0] += 1e-3  # as an unlike GPU's rounding, only larger
 
-    run.parts.optimizer.step = drift  # type: ignore[assignment]
+    run.parts.mover.optimizer.step = drift  # type: ignore[assignment]
     run_training(run)
     return float(run.parts.adapter.values.detach()[0])
 

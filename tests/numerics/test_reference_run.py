@@ -15,13 +15,15 @@ from torch.testing import assert_close
 from raylora.adapt.attach import Adapter, Attachment
 from raylora.adapt.keys import kohya_name
 from raylora.data.steps import SampleRef
+from raylora.diffusion import noise as noise_module
 from raylora.diffusion.losses import LossOptions, make_loss
+from raylora.diffusion.noise import NoiseOptions, make_noise
 from raylora.families.sd15 import Sd15, Sd15Options
-from raylora.networks.lora import LoraOptions, network
+from raylora.networks.lora import network
 from raylora.optim.optimizers import OptimizerOptions, make_optimizer
-from raylora.optim.schedules import ScheduleOptions, make_schedule
 from raylora.training import step as step_module
-from raylora.training.parts import Parts
+from raylora.training.loss_scale import LossScale
+from raylora.training.parts import Mover, Parts
 from raylora.training.reduce import Alone
 from raylora.training.shares import Shares
 from raylora.training.step import train_step
@@ -78,7 +80,7 @@ def recorded_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(word: str) -> Any:
         return lambda *_, step, samples, **__: BATCHES[word][step][list(samples)]
 
-    monkeypatch.setattr(step_module, "draw_noise", drawn("noise"))
+    monkeypatch.setattr(noise_module, "draw_noise", drawn("noise"))
     monkeypatch.setattr(step_module, "draw_timesteps", drawn("timesteps"))
 
 
@@ -96,22 +98,31 @@ def parts_of(family: Sd15, dtype: torch.dtype, micro_batch: int = 2) -> Parts:
         }
         for site in sites
     }
-    scales = {site.name: LoraOptions(rank=RUN["dim"], alpha=RUN["alpha"]).scale for site in sites}
+    scales = {site.name: RUN["alpha"] / RUN["dim"] for site in sites}
     adapter = Adapter(network, sites, initial, scales, dtype=dtype, device=device)
-    options = OptimizerOptions(
-        learning_rate=RUN["lr"], weight_decay=RUN["weight_decay"], max_grad_norm=0
-    )
+    options = OptimizerOptions(learning_rate=RUN["lr"], weight_decay=RUN["weight_decay"])
     return Parts(
         denoiser=denoiser,
-        attachment=Attachment(denoiser, family.component, adapter),
+        text_encoders={},
+        attachments=[Attachment(denoiser, family.component, adapter)],
         adapter=adapter,
         predict=family.predict,
+        read_text=lambda texts: {name: tensor.to(dtype) for name, tensor in texts.items()},
+        text_stops=None,
         process=family.process,
         loss=make_loss(LossOptions(), family.process),
-        optimizer=make_optimizer(options, adapter.values),
-        factor=make_schedule(ScheduleOptions(), STEPS),
-        learning_rate=options.learning_rate,
-        max_grad_norm=options.max_grad_norm,
+        noise=make_noise(NoiseOptions()),
+        mover=Mover(
+            optimizer=make_optimizer(
+                options, [{"params": [adapter.flat(0)], "rate": RUN["lr"], "name": "unet"}]
+            ),
+            names=["unet"],
+            signs=[1],
+            rates=lambda step: [RUN["lr"]],
+            max_grad_norm=0,
+        ),
+        ema=None,
+        loss_scale=LossScale(on=False),
         loader=FixedBatches(),  # type: ignore[arg-type]
         group=Alone(),
         shares=Shares(1),

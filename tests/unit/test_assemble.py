@@ -96,9 +96,9 @@ def test_parts_follow_the_job(tmp_path: Path, cache: str):
     )
     parts = run.parts
     assert (parts.seed, parts.timesteps, parts.micro_batch) == (11, (100, 1000), 3)
-    assert parts.max_grad_norm == 0.5
-    assert parts.optimizer.param_groups[0]["weight_decay"] == 0.25
-    assert len(parts.optimizer.param_groups[0]["params"]) == 1
+    assert parts.mover.max_grad_norm == 0.5
+    assert parts.mover.optimizer.param_groups[0]["weight_decay"] == 0.25
+    assert len(parts.mover.optimizer.param_groups[0]["params"]) == 1
     assert all(".attn" in site.name for site in parts.adapter.sites)
     assert len(parts.adapter.parameters[parts.adapter.sites[0].name]["down"]) == 3
     assert run.course.save_every == 5

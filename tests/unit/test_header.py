@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+from adapters import GOLDEN
 from small import ROOT, image_row, small_job
 
 from raylora.adapt.metadata import AdapterFacts, adapter_metadata
@@ -13,7 +15,7 @@ from raylora.assemble import open_family
 from raylora.data.dataset import Dataset, PlanFacts
 from raylora.data.rows import Row, rows_of
 from raylora.data.steps import StepPlan
-from raylora.header import adapter_facts, image_facts
+from raylora.header import adapter_facts, find_license, image_facts
 from raylora.job import job_from
 
 
@@ -30,7 +32,7 @@ ROWS = rows_of(
 )
 
 
-def facts(tmp_path: Path, step: int = 5, **more: Any) -> AdapterFacts:
+def facts(tmp_path: Path, step: int = 5, base_license: str = "", **more: Any) -> AdapterFacts:
     job = small_job(str(tmp_path), data__folder=f"{tmp_path}/images", **more)
     facts = PlanFacts(job.data, job.sets, "", "", "", (f"file://{tmp_path}/images",), ("",))
     dataset = Dataset(ROWS, (), facts)
@@ -46,7 +48,12 @@ def facts(tmp_path: Path, step: int = 5, **more: Any) -> AdapterFacts:
         total_steps=6,
         started_at=1000.0,
         now=1060.0,
+        base_license=base_license,
     )
+
+
+def words(tmp_path: Path, **more: Any) -> dict[str, str]:
+    return adapter_metadata(facts(tmp_path, **more))
 
 
 def test_the_job_comes_back_from_the_header(tmp_path: Path):
@@ -105,3 +112,261 @@ def test_validation_is_named_only_where_there_is_some(tmp_path: Path):
     held_out = facts(tmp_path, validation__folder=folder, validation__every_steps=9)
     assert held_out.validate_every_steps == 9
     assert (facts(tmp_path).validation_images, held_out.validation_images) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "job"),
+    [
+        ("default_te_unet_dim8", {"network__train": "both"}),
+        (
+            "rich_options",
+            {
+                "network__kind": "locon",
+                "network__conv_rank": 4,
+                "network__conv_alpha": 1.0,
+                "family__clip_skip": 2,
+                "export__author": "A. Person",
+            },
+        ),
+    ],
+)
+def test_a_jobs_file_has_exactly_the_words_of_sd_scripts_file(
+    file: str, job: dict[str, Any], tmp_path: Path
+):
+    theirs = set(json.loads((GOLDEN / "metadata_keys.json").read_text())[file])
+    ours = {word for word in words(tmp_path, **job) if not word.startswith("raylora.")}
+    # The two hashes are added when the file is made.
+    assert ours == theirs - {"sshs_legacy_hash", "sshs_model_hash"}
+
+
+def test_a_plain_lora_has_no_network_args(tmp_path: Path):
+    found = words(tmp_path, network__layers="attention")
+    assert "ss_network_args" not in found
+    assert found["ss_network_module"] == "networks.lora"
+    for word in ("network_dropout", "scale_weight_norms", "text_encoder_lr", "min_snr_gamma"):
+        assert found[f"ss_{word}"] == "None"
+
+
+def test_network_options_are_sd_scripts_arguments(tmp_path: Path):
+    found = words(
+        tmp_path,
+        network__kind="locon",
+        network__conv_rank=4,
+        network__conv_alpha=0.5,
+        network__dropout=0.1,
+        network__rank_dropout=0.25,
+        network__module_dropout=0.5,
+        network__max_norm=1.5,
+        optimizer__lora_plus_ratio=16.0,
+        optimizer__block_rates__down="sine+0.25",
+        optimizer__block_rates__up=[1, 0.5, 0.25],
+    )
+    assert json.loads(found["ss_network_args"]) == {
+        "conv_dim": "4",
+        "conv_alpha": "0.5",
+        "rank_dropout": "0.25",
+        "module_dropout": "0.5",
+        "loraplus_lr_ratio": "16",
+        "down_lr_weight": "sine+0.25",
+        "up_lr_weight": "1,0.5,0.25",
+    }
+    assert found["ss_network_module"] == "networks.lora"
+    assert found["ss_network_dropout"] == "0.1"
+    assert found["ss_scale_weight_norms"] == "1.5"
+
+
+def test_a_locon_without_more_says_what_its_convolutions_have(tmp_path: Path):
+    found = words(tmp_path, network__kind="locon")
+    assert json.loads(found["ss_network_args"]) == {"conv_dim": "8", "conv_alpha": "8"}
+
+
+def test_ranks_of_a_file_are_not_the_jobs(tmp_path: Path):
+    more = {"network__initial": "a.safetensors", "network__initial_ranks": True}
+    found = words(tmp_path, **more)
+    assert found["ss_network_dim"] == found["ss_network_alpha"] == "None"
+
+
+def test_rates_are_those_of_what_is_trained(tmp_path: Path):
+    rates = {
+        "optimizer__learning_rate": 1e-3,
+        "optimizer__denoiser_rate": 5e-4,
+        "optimizer__text_encoder_rate": 5e-5,
+    }
+    both = words(tmp_path, network__train="both", **rates)
+    assert both["ss_learning_rate"] == "0.001"
+    assert both["ss_unet_lr"] == "0.0005"
+    assert both["ss_text_encoder_lr"] == "[5e-05]"
+    text = words(tmp_path, network__train="text_encoder", optimizer__text_encoder_rate=5e-5)
+    assert (text["ss_unet_lr"], text["ss_text_encoder_lr"]) == ("None", "[5e-05]")
+
+
+def test_optimizer_and_schedule_are_named_as_classes_with_arguments(tmp_path: Path):
+    found = words(
+        tmp_path,
+        optimizer__name="adafactor",
+        optimizer__learning_rate=1e-3,
+        optimizer__max_grad_norm=0,
+        optimizer__args={"relative_step": False, "scale_parameter": False},
+        schedule__name="constant_with_warmup",
+        schedule__warmup_steps=0.1,
+    )
+    assert found["ss_optimizer"].startswith("transformers.optimization.Adafactor(")
+    assert "relative_step=False,scale_parameter=False" in found["ss_optimizer"]
+    assert found["ss_lr_scheduler"] == "constant_with_warmup"
+    assert found["ss_lr_warmup_steps"] == "0.1"
+    assert found["ss_max_grad_norm"] == "0.0"
+
+
+@pytest.mark.parametrize(
+    ("precision", "word"), [("fp32", "no"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "no")]
+)
+def test_precision_and_memory_are_told(precision: str, word: str, tmp_path: Path):
+    more = {"training__precision": precision, "memory__gradient_checkpointing": True}
+    found = words(tmp_path, **more)
+    assert found["ss_mixed_precision"] == word
+    assert found["ss_gradient_checkpointing"] == "True"
+
+
+def test_losses_are_told(tmp_path: Path):
+    curved = words(
+        tmp_path,
+        loss__name="smooth_l1",
+        loss__huber_schedule="exponential",
+        loss__huber_c=0.2,
+        loss__huber_scale=2.0,
+        loss__weight__name="debiased",
+    )
+    told = {"loss_type": "smooth_l1", "huber_schedule": "exponential", "huber_c": "0.2"}
+    told |= {"huber_scale": "2.0", "debiased_estimation": "True", "min_snr_gamma": "None"}
+    assert {word: curved[f"ss_{word}"] for word in told} == told
+
+
+def test_noise_is_told_and_what_is_off_is_none(tmp_path: Path):
+    off = words(tmp_path)
+    told = {
+        "noise_offset": "None",
+        "noise_offset_random_strength": "False",
+        "adaptive_noise_scale": "None",
+        "multires_noise_iterations": "None",
+        "multires_noise_discount": "0.3",
+        "ip_noise_gamma": "None",
+        "ip_noise_gamma_random_strength": "False",
+        "zero_terminal_snr": "False",
+    }
+    assert {word: off[f"ss_{word}"] for word in told} == told
+    offset = words(
+        tmp_path,
+        noise__offset=0.05,
+        noise__offset_random=True,
+        noise__adaptive_scale=0.01,
+        noise__input_perturbation=0.1,
+        noise__input_perturbation_random=True,
+    )
+    told |= {
+        "noise_offset": "0.05",
+        "noise_offset_random_strength": "True",
+        "adaptive_noise_scale": "0.01",
+        "ip_noise_gamma": "0.1",
+        "ip_noise_gamma_random_strength": "True",
+    }
+    assert {word: offset[f"ss_{word}"] for word in told} == told
+    pyramid = words(tmp_path, noise__multires_iterations=6, noise__multires_discount=0.2)
+    assert pyramid["ss_multires_noise_iterations"] == "6"
+    assert pyramid["ss_multires_noise_discount"] == "0.2"
+
+
+def test_the_jobs_own_prediction_is_told(tmp_path: Path):
+    assert facts(tmp_path, noise__prediction="epsilon").prediction_type == "epsilon"
+    assert facts(tmp_path, noise__prediction="v_prediction").prediction_type == "v"
+
+
+def test_only_a_narrowed_range_of_timesteps_is_told(tmp_path: Path):
+    assert "modelspec.timestep_range" not in words(tmp_path)
+    steps = words(tmp_path, training__min_timestep=200)
+    assert steps["modelspec.timestep_range"] == "200,1000"
+    below = words(tmp_path, training__max_timestep=500)
+    assert below["modelspec.timestep_range"] == "0,500"
+
+
+def test_what_the_job_says_about_the_file_is_in_modelspec(tmp_path: Path):
+    told = {
+        "title": "Cats",
+        "author": "A. Person",
+        "description": "Black cats.",
+        "license": "cc0-1.0",
+        "trigger_phrase": "blk cat",
+        "usage_hint": "strength 0.8",
+    }
+    more = {f"export__{word}": text for word, text in told.items()}
+    found = words(
+        tmp_path,
+        base_license="openrail",
+        export__tags=["cat", "black"],
+        export__comment="second try",
+        **more,
+    )
+    assert {word: found[f"modelspec.{word}"] for word in told} == told
+    assert found["modelspec.tags"] == "cat, black"
+    assert found["ss_training_comment"] == "second try"
+
+
+def test_the_bases_licence_is_the_files_where_the_job_names_none(tmp_path: Path):
+    assert words(tmp_path, base_license="openrail")["modelspec.license"] == "openrail"
+    assert "modelspec.license" not in words(tmp_path)
+
+
+def test_minimal_metadata_tells_the_kind_of_file_and_nothing_of_the_job(tmp_path: Path):
+    found = words(tmp_path, export__metadata="minimal", export__author="A.", network__kind="locon")
+    assert {word for word in found if not word.startswith("modelspec.")} == {
+        "ss_v2",
+        "ss_base_model_version",
+        "ss_network_module",
+        "ss_network_dim",
+        "ss_network_alpha",
+        "ss_network_args",
+    }
+    assert found["modelspec.author"] == "A."
+    plain = words(tmp_path, export__metadata="minimal")
+    assert "ss_network_args" not in plain
+
+
+def test_a_vae_of_the_jobs_own_is_named(tmp_path: Path):
+    assert "ss_vae_name" not in words(tmp_path)
+    vae = str(ROOT / "jobs/quickstart/tiny-sd/vae")
+    assert words(tmp_path, family__vae=vae)["ss_vae_name"] == "vae"
+
+
+def test_a_split_of_the_images_names_its_seed(tmp_path: Path):
+    assert words(tmp_path)["ss_validation_seed"] == "None"
+    found = words(tmp_path, data__validation_split=0.25, data__validation_seed=3)
+    assert (found["ss_validation_split"], found["ss_validation_seed"]) == ("0.25", "3")
+
+
+def test_crops_around_faces_are_told_as_typed(tmp_path: Path):
+    found = words(tmp_path, data__cache="none", data__face_crop_aug_range=[2.0, 4.5])
+    assert found["ss_face_crop_aug_range"] == "2,4.5"
+
+
+@pytest.mark.parametrize(
+    ("readme", "license"),
+    [
+        (
+            "---\nlicense: creativeml-openrail-m\ntags:\n- art\n---\n# A base\n",
+            "creativeml-openrail-m",
+        ),
+        ("---\nlicense:\n- mit\n- cc0-1.0\n---\n", "mit, cc0-1.0"),
+        ("---\nlicense: other\nlicense_name: their-own\n---\n", "their-own"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\ntags: [a]\n---\nlicense: mit\n", ""),
+        ("# A base\nlicense: mit\n", ""),
+        ("---\nlicense: mit\n", ""),
+        ("# A base\n---\nlicense: mit\n---\n", ""),
+        ("---\n[: broken\n---\n", ""),
+        ("---\njust text\n---\n", ""),
+        (None, ""),
+    ],
+)
+def test_a_bases_licence_is_what_its_page_names(readme: str | None, license: str, tmp_path: Path):
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme)
+    assert find_license(tmp_path) == license

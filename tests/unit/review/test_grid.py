@@ -64,3 +64,49 @@ def test_a_long_prompt_is_wrapped_beside_its_pictures():
 def test_one_word_longer_than_the_column_is_not_lost():
     pixels = sheet([[picture(10)]], rows=["x" * 200])
     assert place(pixels, 10)[2:] == (192, 192)
+
+
+def test_pictures_of_other_sizes_are_whole_and_do_not_meet():
+    pixels = sheet(
+        [
+            [picture(10, 64, 64), picture(20, 64, 64)],
+            [picture(30, 96, 48), picture(40, 48, 96)],
+            [picture(50, 300, 20), picture(60, 16, 16)],
+        ]
+    )
+    places = {shade: place(pixels, shade) for shade in (10, 20, 30, 40, 50, 60)}
+    assert [places[shade][2:] for shade in places] == [
+        *((192, 192), (192, 192), (96, 192), (192, 96), (20, 300), (192, 192))
+    ]
+    for first, second in ((10, 20), (30, 40), (50, 60)):
+        assert places[first][0] == places[second][0]
+        assert places[first][1] + places[first][3] < places[second][1]
+    assert places[20][1] == places[40][1] == places[60][1]
+    assert max(places[30][0] + 96, places[40][0] + 192) < places[50][0]
+
+
+def inked_rows(pixels: np.ndarray) -> set[int]:
+    left = place(pixels, 10)[1]
+    paper = np.array([int(PAPER[i : i + 2], 16) for i in (1, 3, 5)])
+    return set(np.nonzero((pixels[:, :left] != paper).any(axis=(1, 2)))[0].tolist())
+
+
+def test_a_prompt_too_long_for_its_row_is_cut_within_it_and_what_follows_a_line_break_stays():
+    tall = [[picture(10, 100, 50)], [picture(20, 100, 50)]]
+    pixels = sheet(tall, rows=[" ".join([LONG] * 9), "short"])
+    second = place(pixels, 20)[0]
+    first_row = {y for y in inked_rows(pixels) if place(pixels, 10)[0] <= y < second}
+    assert max(first_row) < second - 5, "the label runs into the next row"
+    kept = sheet(tall, rows=[" ".join([LONG] * 9) + "\nstrength 0.5", "short"])
+    other = sheet(tall, rows=[" ".join([LONG] * 9) + "\nstrength 0.8", "short"])
+    differs = np.nonzero((kept != other).any(axis=(1, 2)))[0]
+    assert len(differs), "what sets the row apart was cut off"
+    assert differs.max() < second
+
+
+def test_a_title_wider_than_the_pictures_ends_within_the_sheet():
+    drawn = draw_grid([[picture(10)]], rows=["a"], columns=["step 0"], title="a run of " * 30)
+    pixels = np.asarray(drawn)
+    paper = np.array([int(PAPER[i : i + 2], 16) for i in (1, 3, 5)])
+    assert (pixels[:, -15:] == paper).all()
+    assert (pixels[:40] != paper).any()

@@ -8,26 +8,69 @@ from typing import Any
 import pytest
 
 from raylora.base.errors import OptionError
-from raylora.preview.options import PreviewOptions
-from raylora.serving.options import RenderRequest, ServeOptions, picture_options, read_request
+from raylora.preview.options import PictureSettings, PreviewOptions
+from raylora.serving.options import RenderRequest, ServeOptions, picture_settings, read_request
 
-PREVIEWS = PreviewOptions(seed=5, steps=8, guidance=3.5, width=64, height=48, negative="blurry")
+PREVIEWS = PreviewOptions(
+    prompts=("a dog", "a cat"),
+    seed=5,
+    steps=8,
+    guidance=3.5,
+    width=64,
+    height=48,
+    negative="blurry",
+    sampler="euler_a",
+)
 
 
-def fill(limits: ServeOptions | None = None, **words: Any) -> PreviewOptions:
+def fill(
+    limits: ServeOptions | None = None, *, pure_noise: bool = False, **words: Any
+) -> PictureSettings:
     request = RenderRequest(prompt="a cat", **words)
-    return picture_options(request, PREVIEWS, limits or ServeOptions(), size_step=16)
+    return picture_settings(
+        request, PREVIEWS, limits or ServeOptions(), size_step=16, pure_noise=pure_noise
+    )
 
 
 def test_what_a_request_leaves_open_is_as_in_the_runs_previews():
-    assert fill() == PREVIEWS
+    assert fill(stream=1) == PREVIEWS.pictures()[1]
 
 
 def test_what_a_request_says_holds_also_where_it_says_nothing_or_zero():
-    asked = fill(negative="", seed=0, steps=2, guidance=0, width=32, height=32)
-    assert asked == PreviewOptions(
-        seed=0, steps=2, guidance=0, width=32, height=32, negative="", prompts=PREVIEWS.prompts
+    asked = fill(
+        negative="", seed=0, steps=2, guidance=0, width=32, height=32, sampler="ddim", strength=0
     )
+    assert asked == PictureSettings(
+        "a cat",
+        negative="",
+        seed=0,
+        stream=0,
+        width=32,
+        height=32,
+        steps=2,
+        guidance=0,
+        sampler="ddim",
+        strength=0,
+    )
+
+
+def test_a_prompt_of_a_request_is_taken_as_it_stands():
+    request = RenderRequest(prompt="a cat --w 32")
+    asked = picture_settings(request, PREVIEWS, ServeOptions(), size_step=16)
+    assert (asked.prompt, asked.width) == ("a cat --w 32", 64)
+
+
+def test_a_sampler_that_cannot_draw_what_the_run_trained_is_refused():
+    assert fill(sampler="heun").sampler == "heun"
+    with pytest.raises(OptionError, match=r"sampler: heun cannot start from pure noise, .*Choose"):
+        fill(sampler="heun", pure_noise=True)
+    assert fill(pure_noise=True).sampler == "euler_a"
+
+
+def test_a_negative_prompt_that_nothing_looks_at_is_refused_but_the_runs_own_is_not():
+    with pytest.raises(OptionError, match="negative: guidance 1 does not look at it"):
+        fill(negative="red", guidance=1)
+    assert fill(guidance=1).negative == "blurry"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +109,7 @@ def test_a_runs_own_previews_do_not_pass_the_limits_either():
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"width": 15}, "width is 15"),
+        ({"sampler": "eular"}, "sampler is 'eular'"),
     ],
 )
 def test_a_request_that_makes_no_sense_says_which_word(words, sentence):

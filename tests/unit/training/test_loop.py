@@ -233,14 +233,14 @@ def test_a_changed_caption_is_another_data_set(make_job: MakeJob, one_icon: str)
 def test_an_adapter_with_nan_is_not_saved(make_job: MakeJob):
     job = make_job(training__steps=3, training__save_every_steps=1)
     run = open_run(job, report=True)
-    step = run.parts.optimizer.step
+    step = run.parts.mover.optimizer.step
 
     def spoil(*_: object) -> None:
         step()
         if len(checkpoint_steps(run.storage)) == 1:
             run.parts.adapter.values.data[5] = float("nan")
 
-    run.parts.optimizer.step = spoil  # type: ignore[assignment]
+    run.parts.mover.optimizer.step = spoil  # type: ignore[assignment]
     with pytest.raises(TrainingError, match="NaN or infinity after step 2"):
         run_training(run)
     run.close()

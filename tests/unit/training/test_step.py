@@ -162,7 +162,7 @@ def test_the_rate_follows_the_schedule(make_job: MakeJob):
     rates = []
     for number in range(4):
         train_step(run.parts, number)
-        rates.append(run.parts.optimizer.param_groups[0]["lr"])
+        rates.append(run.parts.mover.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
     run.close()
 

@@ -9,16 +9,22 @@ from torch import Tensor, nn
 
 from raylora.optim.optimizers import OptimizerOptions, TensorGroup, make_optimizer, sets_rate
 
-SHAPES = [(8, 640), (640, 8), (5, 1)]  # above and below bitsandbytes' least size of 4096 numbers
+SHAPES = [(8, 640), (640, 8), (5, 1)]
+"""Above and below 4096 numbers, from which on bitsandbytes takes 8 bits."""
+LARGE = [(32, 4096), (4096, 32), (5, 1)]
+"""The same, and above the 100,000 from which on it pages, on a GPU."""
 
 
 class Problem:
     """Parameters in two groups, that want to be `target`."""
 
-    def __init__(self, options: OptimizerOptions, values: list[Tensor] | None = None) -> None:
+    def __init__(
+        self, options: OptimizerOptions, values: list[Tensor] | None = None, device: str = "cpu"
+    ) -> None:
         draw = torch.Generator().manual_seed(0)
-        start = [torch.randn(*shape, generator=draw) for shape in SHAPES]
-        self.target = [torch.randn(*shape, generator=draw) for shape in SHAPES]
+        shapes = SHAPES if device == "cpu" else LARGE
+        start = [torch.randn(*shape, generator=draw).to(device) for shape in shapes]
+        self.target = [torch.randn(*shape, generator=draw).to(device) for shape in shapes]
         self.leaves = [nn.Parameter(value.clone()) for value in values or start]
         self.options = options
         rate = options.rate

@@ -1,0 +1,264 @@
+"""How held-out losses steer a run: its best is kept, it ends early, it is told that it overfits.
+
+One icon is learned at far too high a rate, and two others are held out: they get worse at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import together
+from small import ROOT, MakeJob, open_run, train_small
+
+from raylora.assemble import claim, finish, open_store
+from raylora.base.errors import TrainingError
+from raylora.base.segments import read_segments
+from raylora.job import Job
+from raylora.training.checkpoint import checkpoint_steps, read_facts
+from raylora.training.course import plan_course
+from raylora.training.loop import Outcome, Run, run_training
+from raylora.training.reduce import Distributed, Group
+from raylora.training.report import read_metrics
+from raylora.training.validate import Validation
+
+PATIENCE = 4
+
+
+class Killed(Exception):
+    """The process was gone."""
+
+
+@pytest.fixture
+def make_spoiled(make_job: MakeJob, one_icon: str, tmp_path: Path) -> MakeJob:
+    """A job that overfits within a few steps and ends early."""
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    icons = sorted((ROOT / "jobs/quickstart/demo-data/train").glob("*.png"))[:2]
+    for file in [icon for png in icons for icon in png.parent.glob(f"{png.stem}.*")]:
+        (held_out / file.name).write_bytes(file.read_bytes())
+
+    def make(**more: Any) -> Job:
+        given = {
+            "data__folder": one_icon,
+            "validation__folder": str(held_out),
+            "validation__every_steps": 1,
+            "validation__timesteps": [150, 700],
+            "validation__training_images": 4,
+            "validation__patience": PATIENCE,
+            "training__steps": 30,
+            "training__images_per_step": 2,
+            "training__save_every_steps": 2,
+            "training__keep_best": True,
+            "training__keep_last": 1,
+            "optimizer__learning_rate": 1e-2,
+            "schedule__warmup_steps": 0,
+            "log__every_steps": 1,
+        }
+        return make_job(**{**given, **more})
+
+    return make
+
+
+def open_whole(job: Job, group: Group | None = None) -> Run:
+    """The run with everything that its job asks for."""
+    torch.set_num_threads(1)
+    run = open_run(job, group, report=True)
+    course, plan = run.course, run.parts.loader.plan
+    run.course = plan_course(
+        job.training,
+        job.validation,
+        job.preview,
+        total_steps=course.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        refit_every=course.refit_every,
+        checksum_every=course.checksum_every,
+    )
+    assert run.validation
+    run.validation = Validation(
+        run.validation.dataset,
+        job.validation.timesteps,
+        training=run.parts.loader.dataset,
+        training_images=job.validation.training_images,
+    )
+    return run
+
+
+def go(job: Job, group: Group | None = None) -> Outcome:
+    run = open_whole(job, group)
+    try:
+        return run_training(run)
+    finally:
+        run.close()
+
+
+def kill_after_measuring(job: Job, step: int) -> None:
+    run = open_whole(job)
+    assert run.reporter
+
+    def kill(row: dict[str, Any]) -> None:
+        if row.get("done") == step and "validation" in row:
+            raise Killed
+
+    run.reporter.sinks.append(kill)
+    with pytest.raises(Killed):
+        run_training(run)
+    run.close()
+
+
+def stop_within(job: Job, step: int) -> Outcome:
+    """SIGTERM comes while the step is computed that makes `step` steps."""
+    run = open_whole(job)
+    seen, predict = [0], run.parts.predict
+
+    def ask(*given: Any) -> Any:
+        if torch.is_grad_enabled():
+            seen[0] += 1
+            if seen[0] == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return predict(*given)
+
+    run.parts.predict = ask
+    try:
+        return run_training(run)
+    finally:
+        run.close()
+
+
+def ending(job: Job) -> Any:
+    """All that is left of a run that must not depend on whether it was stopped."""
+    storage = open_store(job)
+    result = finish(job, storage)
+    kept = {step: read_facts(storage, step)["judge"] for step in checkpoint_steps(storage)}
+    said = [
+        {k: v for k, v in event.items() if k not in ("time", "attempt")}
+        for event in read_segments(storage, "events")
+        if event["event"] in ("overfitting", "early stop")
+    ]
+    measured = [
+        {k: v for k, v in row.items() if k != "attempt"}
+        for row in read_metrics(storage)
+        if "validation" in row
+    ]
+    files = {word: storage.read(file) for word, file in result["files"].items() if word != "curves"}
+    unnamed = {k: v for k, v in result.items() if k not in ("name", "files")}
+    lengths = {word: len(file) for word, file in files.items()}
+    return unnamed, sorted(kept), kept[max(kept)], said[-2:], measured, lengths
+
+
+@pytest.mark.slow
+def test_a_run_that_gets_no_better_ends_early_with_its_best(make_spoiled: MakeJob):
+    job = make_spoiled()
+    claim(job)
+    outcome = go(job)
+    storage = open_store(job)
+    losses = {r["done"]: r["validation"] for r in read_metrics(storage) if "validation" in r}
+    best = min((step for step in losses if step), key=lambda step: losses[step])
+    assert not outcome.stopped
+    assert outcome.steps == best + PATIENCE < 30
+    assert checkpoint_steps(storage) == [best, outcome.steps], "the best and the newest stay"
+    result = finish(job, storage)
+    assert result["ended"] == f"early stop at step {outcome.steps}, best {best}"
+    assert (result["best_step"], result["validation_best"]) == (best, losses[best])
+    for word, step in (("adapter", outcome.steps), ("best", best)):
+        kept = storage.read(f"checkpoints/{step:06d}/adapter.safetensors")
+        assert storage.read(result["files"][word]) == kept
+    assert train_small(job) == {**result, "already_done": True}
+
+
+@pytest.mark.slow
+def test_one_that_ended_early_is_not_extended(make_spoiled: MakeJob):
+    job = make_spoiled()
+    claim(job)
+    ended_at = go(job).steps
+    finish(job, open_store(job))
+    longer = job.model_copy(update={"training": job.training.model_copy(update={"steps": 60})})
+    assert claim(longer, extend=True)[1] is None
+    assert go(longer).steps == ended_at
+    assert finish(longer, open_store(job))["ended"].startswith("early stop")
+
+
+@pytest.mark.slow
+def test_overfitting_is_told_once_and_names_the_step_to_use(make_spoiled: MakeJob):
+    job = make_spoiled(validation__patience=None, training__steps=9)
+    go(job)
+    storage = open_store(job)
+    events = read_segments(storage, "events")
+    (told,) = [event for event in events if event["event"] == "overfitting"]
+    rows = {row["done"]: row for row in read_metrics(storage) if "validation" in row}
+    best = min((step for step in rows if step), key=lambda step: rows[step]["validation"])
+    assert told["best_step"] == best
+    assert told["step"] == best + 3
+    assert told["held_out"] == [rows[best]["validation"], rows[best + 3]["validation"]]
+    assert told["training"] == [rows[best]["training"], rows[best + 3]["training"]]
+    assert f"Step {best} is the one to use" in told["warning"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_or_stopped_ends_as_the_unbroken_one(make_spoiled: MakeJob):
+    whole = make_spoiled(name="whole")
+    last = go(whole).steps
+    expected = ending(whole)
+    assert expected[0]["ended"].startswith("early stop")
+    for step in (1, 3, last - 1, last):
+        killed = make_spoiled(name=f"killed-{step}")
+        kill_after_measuring(killed, step)
+        assert go(killed).steps == last
+        assert ending(killed) == expected, f"killed after the measurement of step {step}"
+    for step in (1, 2, last - 1, last):
+        stopped = make_spoiled(name=f"stopped-{step}")
+        assert stop_within(stopped, step).stopped
+        assert go(stopped).steps == last
+        assert ending(stopped) == expected, f"stopped at step {step}, not measured"
+
+
+def end_as(rank: int, job: Job) -> tuple[int, bool]:
+    outcome = go(job, Distributed())
+    return outcome.steps, outcome.stopped
+
+
+@pytest.mark.slow
+def test_two_workers_end_where_one_does(make_spoiled: MakeJob):
+    exact = {"training__sums": "exact", "training__precision": "fp64"}
+    alone, two = (make_spoiled(name=name, **exact) for name in ("alone", "two"))
+    outcome = go(alone)
+    assert together(2, end_as, two) == [(outcome.steps, False)] * 2
+    steps = [checkpoint_steps(open_store(job)) for job in (alone, two)]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.slow
+def test_what_is_measured_is_the_average_that_people_get(make_spoiled: MakeJob):
+    run = open_whole(make_spoiled(ema__decay=0.9, training__steps=3, validation__patience=None))
+    run_training(run)
+    assert run.validation
+    trained = run.validation.measure(run.parts)
+    with run.parts.shown():
+        shown = run.validation.measure(run.parts)
+    run.close()
+    rows = [row for row in read_metrics(run.storage) if "validation" in row]
+    assert rows[-1]["validation"] == shown["validation"]
+    assert rows[-1]["validation"] != trained["validation"]
+
+
+def test_a_broken_step_stops_the_run_and_names_its_images(make_spoiled: MakeJob):
+    run = open_whole(make_spoiled(log__every_steps=100, validation__every_steps=10))
+    seen, predict = [0], run.parts.predict
+
+    def spoil(*given: Any) -> Any:
+        seen[0] += torch.is_grad_enabled()
+        return predict(*given) * (float("nan") if seen[0] == 3 else 1.0)
+
+    run.parts.predict = spoil
+    with pytest.raises(TrainingError, match=r"step 3: the loss is nan.*alien\.png.*of step 2\."):
+        run_training(run)
+    run.close()
+    assert checkpoint_steps(run.storage) == [2]
+    broken = [row for row in read_metrics(run.storage) if row.get("loss") != row.get("loss")]
+    assert [row["done"] for row in broken] == [3]
+    json.dumps(broken)
