@@ -23,14 +23,14 @@ from raylora.base.units import mib
 from raylora.data.dataset import CachePlan, Dataset, WorkItem, load_dataset, prepare
 from raylora.data.options import SetOptions
 from raylora.data.steps import StepPlan
-from raylora.data.supply import Supply, measured_tensors
+from raylora.data.supply import Supply, Tokens, measured_tensors
 from raylora.data.variants import Chooser
 from raylora.diffusion.losses import loss_problems, make_loss
 from raylora.diffusion.noise import make_noise, noise_problems, trained_process
 from raylora.families import Family
 from raylora.header import adapter_facts, image_facts
 from raylora.job import Job
-from raylora.models import PRECISIONS, Adapted, load_adapted, open_family
+from raylora.models import PRECISIONS, Adapted, load_adapted
 from raylora.optim.groups import rates_at, text_stop_step
 from raylora.optim.optimizers import (
     make_optimizer,
@@ -39,10 +39,11 @@ from raylora.optim.optimizers import (
     wants_shapes,
 )
 from raylora.optim.schedules import make_schedule
-from raylora.training.finish import finish_run
+from raylora.training.course import Course, steps_between
 from raylora.training.ema import Ema
+from raylora.training.finish import finish_run
 from raylora.training.loader import Loader
-from raylora.training.loop import Course, Run
+from raylora.training.loop import Run
 from raylora.training.loss_scale import LossScale
 from raylora.training.options import MICRO_BATCH
 from raylora.training.parts import Mover, Parts, ReadText
@@ -58,6 +59,7 @@ from raylora.training.sample import Previews
 from raylora.training.save import Saver
 from raylora.training.shares import Shares
 from raylora.training.sums import ExactSums, RoundedSums
+from raylora.training.trackers import make_trackers, report_problems
 from raylora.training.validate import Validation
 
 log = get_logger("train")
@@ -110,8 +112,6 @@ def base_problems(job: Job, family: Family) -> list[str]:
                 f"{place}.bucket_reso_steps is {options.bucket_reso_steps}; this base needs a "
                 f"multiple of {step}."
             )
-    if job.preview.prompts:
-        sides["preview.width and height"] = (job.preview.width, job.preview.height)
     for name, size in sides.items():
         if any(side % step for side in size):
             found.append(f"{name} {size[0]}x{size[1]}: this base needs multiples of {step}.")
@@ -122,6 +122,9 @@ def base_problems(job: Job, family: Family) -> list[str]:
             f"training.min_timestep {job.training.min_timestep} and max_timestep {high}: the base "
             f"has timesteps 0 to {last - 1}."
         )
+    pure_noise = job.noise.zero_terminal_snr
+    found += job.preview.problems(size_step=step, pure_noise=pure_noise)
+    found += report_problems(job.log)
     wrong = [t for t in job.validation.timesteps if not 0 <= t < last]
     if wrong:
         found.append(f"validation.timesteps {wrong}: the base has timesteps 0 to {last - 1}.")
@@ -225,10 +228,10 @@ def make_run(
     held_out = datasets.validation
     return Run(
         parts=parts,
-        course=_course(job, total),
+        course=_course(job, total, plan.steps_per_epoch),
         storage=storage,
         content=content(family, datasets),
-        validation=Validation(held_out, job.validation.timesteps) if held_out else None,
+        validation=_make_validation(job, datasets.training, held_out, tokens) if held_out else None,
         previews=Previews(family, job.preview, storage) if job.preview.prompts else None,
         reporter=reporter,
         saver=make_saver(attempt) if first else None,
@@ -356,14 +359,32 @@ def _text_reader(
     }
 
 
-def _course(job: Job, total: int) -> Course:
+def _make_validation(
+    job: Job, training: Dataset, held_out: Dataset, tokens: Tokens | None
+) -> Validation:
+    options = job.validation
+    return Validation(
+        held_out,
+        options.timesteps,
+        training=training,
+        training_images=options.training_images,
+        measured=partial(measured_tensors, tokens=tokens),
+    )
+
+
+def _course(job: Job, total: int, epoch: int) -> Course:
+    training, validation, preview = job.training, job.validation, job.preview
     return Course(
         total_steps=total,
-        save_every=job.training.save_every_steps,
-        validate_every=job.validation.every_steps,
-        preview_every=job.preview.every_steps,
+        save_every=steps_between(training.save_every_steps, training.save_every_epochs, epoch),
+        validate_every=steps_between(validation.every_steps, validation.every_epochs, epoch),
+        preview_every=steps_between(preview.every_steps, preview.every_epochs, epoch),
+        preview_first=preview.at_start,
         refit_every=job.fleet.refit_every_steps,
         checksum_every=job.fleet.checksum_every_steps,
+        keep_best=training.keep_best,
+        patience=validation.patience,
+        min_delta=validation.min_delta,
     )
 
 
@@ -382,6 +403,7 @@ def _make_reporter(
         every_steps=job.log.every_steps,
         device=device,
         sinks=sinks,
+        trackers=make_trackers(job.log, storage, attempt=attempt, name=job.name, job=job.plain()),
     )
     reporter.event(
         "started", attempt=attempt, steps=total, host=socket.gethostname(), process=os.getpid()
@@ -425,4 +447,5 @@ def _make_saver(
         prover=prover,
         keep_last=job.training.keep_last,
         attempt=attempt,
+        naming=job.export.naming,
     )

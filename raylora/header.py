@@ -239,7 +239,7 @@ def find_license(folder: Path) -> str:
     readme = folder / "README.md"
     if not readme.is_file():
         return ""
-    start, _, rest = readme.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    start, _, rest = readme.read_text(encoding="utf-8-sig", errors="replace").partition("---\n")
     front, end, _ = rest.partition("\n---")
     if start.strip() or not end:
         return ""

@@ -22,7 +22,7 @@ class Course:
 
     total_steps: int
     save_every: int | None
-    validate_every: int
+    validate_every: int | None
     preview_every: int | None
     refit_every: int
     checksum_every: int

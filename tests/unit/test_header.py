@@ -203,15 +203,14 @@ def test_rates_are_those_of_what_is_trained(tmp_path: Path):
 def test_optimizer_and_schedule_are_named_as_classes_with_arguments(tmp_path: Path):
     found = words(
         tmp_path,
-        optimizer__name="adafactor",
-        optimizer__learning_rate=1e-3,
         optimizer__max_grad_norm=0,
-        optimizer__args={"relative_step": False, "scale_parameter": False},
+        optimizer__weight_decay=0.1,
+        optimizer__args={"amsgrad": True},
         schedule__name="constant_with_warmup",
         schedule__warmup_steps=0.1,
     )
-    assert found["ss_optimizer"].startswith("transformers.optimization.Adafactor(")
-    assert "relative_step=False,scale_parameter=False" in found["ss_optimizer"]
+    assert found["ss_optimizer"].startswith("torch.optim.AdamW(")
+    assert "weight_decay=0.1,amsgrad=True" in found["ss_optimizer"]
     assert found["ss_lr_scheduler"] == "constant_with_warmup"
     assert found["ss_lr_warmup_steps"] == "0.1"
     assert found["ss_max_grad_norm"] == "0.0"
@@ -343,7 +342,9 @@ def test_a_split_of_the_images_names_its_seed(tmp_path: Path):
 
 
 def test_crops_around_faces_are_told_as_typed(tmp_path: Path):
-    found = words(tmp_path, data__cache="none", data__face_crop_aug_range=[2.0, 4.5])
+    found = words(
+        tmp_path, data__cache="none", data__fit="crop", data__face_crop_aug_range=[2.0, 4.5]
+    )
     assert found["ss_face_crop_aug_range"] == "2,4.5"
 
 

@@ -18,6 +18,14 @@ from raylora.base.errors import ExportError, WeightsError
 
 pytestmark = pytest.mark.slow
 
+CONVOLUTIONS = {
+    "unet.down_blocks.0.downsamplers.0.conv": (32, 32, 3, 3),
+    "unet.up_blocks.0.upsamplers.0.conv": (96, 96, 3, 3),
+    "unet.down_blocks.1.resnets.0.conv_shortcut": (64, 32, 1, 1),
+    "unet.down_blocks.1.resnets.0.time_emb_proj": (64, 128),
+}
+"""What LoCon has besides a residual block's own convolutions: other strides, 1x1, linear."""
+
 
 def saved(
     folder: Path,
@@ -43,13 +51,14 @@ def test_peft_and_merged_weights_predict_the_same(tmp_path: Path, dtype: torch.d
 def test_files_of_both_namings_with_mixed_ranks_and_alphas_predict_the_same(
     tmp_path: Path, naming: Naming
 ) -> None:
+    shapes = {**SHAPES, **CONVOLUTIONS}
     modules = [
         random_module(name, shape, rank=2 + index % 3, alpha=1.0 + index % 4)
-        for index, (name, shape) in enumerate(SHAPES.items())
+        for index, (name, shape) in enumerate(shapes.items())
     ]
     path = saved(tmp_path, readable(modules, naming), naming=naming)
     report = verify_predictions(path, TINY_BASE)
-    assert report.modules == len(SHAPES)
+    assert report.modules == len(shapes)
     assert report.difference < 1e-6
     assert report.effect > 1e-3
 

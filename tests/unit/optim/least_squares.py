@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from raylora.optim.kinds import KINDS
 from raylora.optim.optimizers import OptimizerOptions, TensorGroup, make_optimizer, sets_rate
 
 SHAPES = [(8, 640), (640, 8), (5, 1)]
 """Above and below 4096 numbers, from which on bitsandbytes takes 8 bits."""
 LARGE = [(32, 4096), (4096, 32), (5, 1)]
 """The same, and above the 100,000 from which on it pages, on a GPU."""
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    """Names of optimizers as parameters; those whose package takes seconds to import are slow."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if _takes_long(name) else name for name in names
+    ]
+
+
+def _takes_long(name: str) -> bool:
+    return name.startswith("adafactor") or (name in KINDS and KINDS[name].extra == "bnb")
 
 
 class Problem:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from least_squares import Problem
+from least_squares import Problem, each
 from numpy.typing import NDArray
 from torch import nn
 
@@ -104,6 +104,7 @@ def adafactor(weight: Array, gradients: Array, rates: list[float], *, scaled: bo
     return weight
 
 
+@pytest.mark.slow
 def test_adafactor_with_a_given_rate_is_the_papers():
     weight, gradients, rates = problem(6, 4)
     args = {"relative_step": False, "scale_parameter": False}
@@ -112,6 +113,7 @@ def test_adafactor_with_a_given_rate_is_the_papers():
     assert found == pytest.approx(adafactor(weight, gradients, rates, scaled=False), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_adafactor_in_its_relative_form_is_the_papers():
     weight, gradients, _ = problem(6, 4)
     found = walked(OptimizerOptions(name="adafactor"), weight, gradients, [0.0] * STEPS)
@@ -166,7 +168,7 @@ def rate_for(name: str) -> dict[str, Any]:
     return {"learning_rate": 3e-2} if not OptimizerOptions(name=name).one_rate else {}
 
 
-@pytest.mark.parametrize("name", [*KINDS, "torch.optim:NAdam", "torch.optim:Adagrad"])
+@pytest.mark.parametrize("name", each([*KINDS, "torch.optim:NAdam", "torch.optim:Adagrad"]))
 def test_every_optimizer_finds_the_way(name: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bitsandbytes': nothing is paged on a CPU
@@ -176,7 +178,7 @@ def test_every_optimizer_finds_the_way(name: str):
     assert problem.loss() < 0.5 * before
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adamw8bit", "adafactor", "sgd_nesterov"])
+@pytest.mark.parametrize("name", each(["adamw", "lion", "adamw8bit", "adafactor", "sgd_nesterov"]))
 def test_a_rate_of_nothing_moves_nothing(name: str):
     args = {"relative_step": False} if name == "adafactor" else {}
     problem = Problem(OptimizerOptions(name=name, args=args))
@@ -185,6 +187,7 @@ def test_a_rate_of_nothing_moves_nothing(name: str):
     assert all(torch.equal(a, b) for a, b in zip(problem.values(), before, strict=True))
 
 
+@pytest.mark.slow
 def test_eight_bits_hold_the_state_in_a_quarter_of_its_memory():
     counts = {}
     for name in ("adamw", "adamw8bit"):
@@ -225,6 +228,7 @@ def test_one_flat_tensor_moves_as_its_layers_do():
         torch.testing.assert_close(flat[0].detach(), joined, rtol=1e-10, atol=0)
 
 
+@pytest.mark.slow
 def test_a_paged_optimizer_is_refused_where_nothing_can_be_paged():
     options = OptimizerOptions(name="paged_adamw32bit")
     assert "on cpu there is nothing to move. Choose adamw." in str(

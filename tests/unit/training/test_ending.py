@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from children import together
+from safetensors.torch import load as load_tensors
 from small import ROOT, MakeJob, open_run, train_small
 
 from raylora.assemble import claim, finish, open_store
@@ -27,7 +28,7 @@ from raylora.training.reduce import Distributed, Group
 from raylora.training.report import read_metrics
 from raylora.training.validate import Validation
 
-PATIENCE = 4
+PATIENCE = 7
 
 
 class Killed(Exception):
@@ -57,6 +58,7 @@ def make_spoiled(make_job: MakeJob, one_icon: str, tmp_path: Path) -> MakeJob:
             "training__keep_best": True,
             "training__keep_last": 1,
             "optimizer__learning_rate": 1e-2,
+            "schedule__name": "constant",
             "schedule__warmup_steps": 0,
             "log__every_steps": 1,
         }
@@ -111,16 +113,15 @@ def kill_after_measuring(job: Job, step: int) -> None:
     run.close()
 
 
-def stop_within(job: Job, step: int) -> Outcome:
-    """SIGTERM comes while the step is computed that makes `step` steps."""
+def stop_after(job: Job, step: int) -> Outcome:
+    """SIGTERM comes while the step before is computed: the next is the last."""
     run = open_whole(job)
     seen, predict = [0], run.parts.predict
 
     def ask(*given: Any) -> Any:
-        if torch.is_grad_enabled():
-            seen[0] += 1
-            if seen[0] == step:
-                os.kill(os.getpid(), signal.SIGTERM)
+        seen[0] += torch.is_grad_enabled()
+        if seen[0] == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         return predict(*given)
 
     run.parts.predict = ask
@@ -130,25 +131,32 @@ def stop_within(job: Job, step: int) -> Outcome:
         run.close()
 
 
-def ending(job: Job) -> Any:
+def ending(job: Job) -> dict[str, Any]:
     """All that is left of a run that must not depend on whether it was stopped."""
     storage = open_store(job)
     result = finish(job, storage)
-    kept = {step: read_facts(storage, step)["judge"] for step in checkpoint_steps(storage)}
-    said = [
-        {k: v for k, v in event.items() if k not in ("time", "attempt")}
-        for event in read_segments(storage, "events")
-        if event["event"] in ("overfitting", "early stop")
-    ]
-    measured = [
-        {k: v for k, v in row.items() if k != "attempt"}
-        for row in read_metrics(storage)
-        if "validation" in row
-    ]
-    files = {word: storage.read(file) for word, file in result["files"].items() if word != "curves"}
-    unnamed = {k: v for k, v in result.items() if k not in ("name", "files")}
-    lengths = {word: len(file) for word, file in files.items()}
-    return unnamed, sorted(kept), kept[max(kept)], said[-2:], measured, lengths
+    said: list[dict[str, Any]] = []
+    for event in read_segments(storage, "events"):
+        facts = {k: v for k, v in event.items() if k not in ("time", "attempt")}
+        if event["event"] in ("overfitting", "early stop") and facts not in said:
+            said.append(facts)  # one that was killed may say it again
+    named = ("name", "files", "adapter_bytes")  # the name is in the file's header
+    return {
+        "result": {k: v for k, v in result.items() if k not in named},
+        "steps": checkpoint_steps(storage),
+        "facts": read_facts(storage, result["steps"])["judge"],
+        "said": said,
+        "measured": [
+            {k: v for k, v in row.items() if k != "attempt"}
+            for row in read_metrics(storage)
+            if "validation" in row
+        ],
+        "files": {
+            (word, name): tensor.tolist()
+            for word in ("adapter", "best")
+            for name, tensor in load_tensors(storage.read(result["files"][word])).items()
+        },
+    }
 
 
 @pytest.mark.slow
@@ -185,17 +193,22 @@ def test_one_that_ended_early_is_not_extended(make_spoiled: MakeJob):
 
 @pytest.mark.slow
 def test_overfitting_is_told_once_and_names_the_step_to_use(make_spoiled: MakeJob):
-    job = make_spoiled(validation__patience=None, training__steps=9)
+    job = make_spoiled(validation__patience=None, training__steps=18)
     go(job)
     storage = open_store(job)
     events = read_segments(storage, "events")
     (told,) = [event for event in events if event["event"] == "overfitting"]
     rows = {row["done"]: row for row in read_metrics(storage) if "validation" in row}
     best = min((step for step in rows if step), key=lambda step: rows[step]["validation"])
-    assert told["best_step"] == best
-    assert told["step"] == best + 3
-    assert told["held_out"] == [rows[best]["validation"], rows[best + 3]["validation"]]
-    assert told["training"] == [rows[best]["training"], rows[best + 3]["training"]]
+    parted = [
+        row["validation"] > 1.02 * rows[best]["validation"]
+        and row["training"] < rows[best]["training"]
+        for row in rows.values()
+    ]
+    first = next(step for step in rows if step > best + 2 and all(parted[step - 2 : step + 1]))
+    assert (told["best_step"], told["step"]) == (best, first)
+    assert told["held_out"] == [rows[best]["validation"], rows[first]["validation"]]
+    assert told["training"] == [rows[best]["training"], rows[first]["training"]]
     assert f"Step {best} is the one to use" in told["warning"]
 
 
@@ -204,17 +217,23 @@ def test_a_run_that_was_killed_or_stopped_ends_as_the_unbroken_one(make_spoiled:
     whole = make_spoiled(name="whole")
     last = go(whole).steps
     expected = ending(whole)
-    assert expected[0]["ended"].startswith("early stop")
-    for step in (1, 3, last - 1, last):
+    assert expected["result"]["ended"].startswith("early stop")
+    assert [event["event"] for event in expected["said"]] == ["overfitting", "early stop"]
+    for step in (5, last):
         killed = make_spoiled(name=f"killed-{step}")
         kill_after_measuring(killed, step)
         assert go(killed).steps == last
         assert ending(killed) == expected, f"killed after the measurement of step {step}"
-    for step in (1, 2, last - 1, last):
+    best = expected["result"]["best_step"]
+    del expected["facts"]  # a checkpoint that was saved unmeasured stays as it is
+    for step in (best, last):
         stopped = make_spoiled(name=f"stopped-{step}")
-        assert stop_within(stopped, step).stopped
+        outcome = stop_after(stopped, step)
+        assert (outcome.steps, outcome.stopped) == (step, True)
         assert go(stopped).steps == last
-        assert ending(stopped) == expected, f"stopped at step {step}, not measured"
+        left = ending(stopped)
+        del left["facts"]
+        assert left == expected, f"stopped after step {step}, not measured"
 
 
 def end_as(rank: int, job: Job) -> tuple[int, bool]:
