@@ -53,10 +53,12 @@ def check_job(job: Job, *, rehash: bool = False) -> Checked:
         JobError: every problem that was found, one sentence each.
     """
     problems: list[str] = []
-    _collect(problems, lambda: open_storage(job.store).check())
-    if not problems:
-        job = with_seed(job)
     family = _collect(problems, lambda: open_family(job))
+    store_problems: list[str] = []
+    _collect(store_problems, lambda: open_storage(job.store).check())
+    problems += store_problems
+    if not store_problems:
+        job = with_seed(job)
     plans: list[CachePlan] = []
     if family is not None:
         opened = family

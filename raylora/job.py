@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from raylora.base.errors import JobError, OptionError
 from raylora.base.lookup import plugins
-from raylora.base.options import Options, explain
+from raylora.base.options import Options, explain, one_of
 from raylora.base.yaml_file import parse_yaml, read_yaml_file
 from raylora.data.options import DataOptions, Native, SetOptions, resolve
 from raylora.data.variants import variants_of
@@ -42,15 +49,33 @@ if TYPE_CHECKING:
     AnyNetwork: TypeAlias = NetworkOptions
 else:
 
-    def _one_of(options: Iterable[type]) -> Any:
-        """The plug-ins' options as one field type, told apart by `kind`."""
-        kinds = list(options)
-        if len(kinds) == 1:
-            return kinds[0]
-        return Annotated[reduce(lambda a, b: a | b, kinds), Field(discriminator="kind")]
+    def _one_of(section: str, options: Mapping[str, type], usual: str | None = None) -> Any:
+        """The plug-ins' options as one field type, told apart by `kind`.
 
-    AnyFamily = _one_of(get_family(kind)[1] for kind in plugins("raylora.families"))
-    AnyNetwork = _one_of(get_network(kind).options for kind in plugins("raylora.networks"))
+        Args:
+            usual: the kind of a section that names none; None where one has to be named.
+        """
+        if len(options) == 1:
+            return next(iter(options.values()))
+
+        def with_kind(given: Any) -> Any:
+            if not isinstance(given, Mapping):
+                return given
+            kind = given.get("kind", usual)
+            if kind in options:
+                return {**given, "kind": kind}
+            found = "missing" if kind is None else repr(kind)
+            raise ValueError(f"{section}.kind is {found}: input should be {one_of(list(options))}.")
+
+        union = Annotated[reduce(lambda a, b: a | b, options.values()), Field(discriminator="kind")]
+        return Annotated[union, BeforeValidator(with_kind)]
+
+    AnyFamily = _one_of(
+        "family", {kind: get_family(kind)[1] for kind in plugins("raylora.families")}
+    )
+    AnyNetwork = _one_of(
+        "network", {kind: get_network(kind).options for kind in plugins("raylora.networks")}, "lora"
+    )
 
 
 def _default_network() -> NetworkOptions:

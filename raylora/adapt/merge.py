@@ -28,7 +28,6 @@ def merge_lora(component: str, model: nn.Module, file: AdapterFile, strength: fl
         WeightsError: the model lacks a layer of the file, or has it in another size; nothing is
             changed then.
     """
-    file_parts(file)
     layers = layers_by_file_name(component, model)
     found = {
         name: _weight(module, layers.get(name))

@@ -6,7 +6,7 @@ The text under a field is its documentation (it reaches the JSON schema and the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -102,6 +102,9 @@ def _sentence(path: str, detail: ErrorDetails, root: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         section, _, word = path.rpartition(".")
         allowed = words_at(root, section)
+        others = [kind for kind, words in _kinds_at(root, section).items() if word in words]
+        if others:
+            return f"{path}: no option of this kind; it is one of kind {one_of(others)}."
         return f"{path}: no such option.{did_you_mean(word, allowed)}"
     if detail["type"] == "missing":
         return f"{path}: missing. Give it a value."
@@ -111,11 +114,18 @@ def _sentence(path: str, detail: ErrorDetails, root: type[BaseModel]) -> str:
     return f"{path} is {found}: {message[:1].lower()}{message[1:]}."
 
 
+def one_of(words: Sequence[str]) -> str:
+    """Allowed words as pydantic names them: 'a', 'b' or 'c'."""
+    *first, last = (repr(word) for word in words)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _plain(message: str) -> str:
     """pydantic's words for Python's types, as a person who writes YAML knows them."""
     message = message.removeprefix("Value error, ").replace("a valid tuple", "a list")
     message = re.sub("^Tuple", "List", message)
-    return re.sub(r"a valid dictionary or instance of \w+", "a section of options", message)
+    section = r"a valid dictionary or (instance of \w+|object to extract fields from)"
+    return re.sub(section, "a section of options", message)
 
 
 def _shown(value: object) -> str:
@@ -132,6 +142,18 @@ def words_at(root: type[BaseModel], path: str) -> list[str]:
         field = model.model_fields.get(part) if model else None
         model = next(_models_in(field.annotation), None) if field else None
     return list(model.model_fields) if model else []
+
+
+def _kinds_at(root: type[BaseModel], path: str) -> dict[str, list[str]]:
+    """Where a section has several kinds: each with its words."""
+    above, _, word = path.rpartition(".")
+    field = root.model_fields.get(word) if word and not above else None
+    models = list(_models_in(field.annotation)) if field else []
+    return {
+        str(model.model_fields["kind"].default): list(model.model_fields)
+        for model in models
+        if len(models) > 1 and "kind" in model.model_fields
+    }
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -67,7 +67,8 @@ class Studio:
                 found.hash,
                 lambda: library.load(found, self._sites, dtype=self._exact, device=self._device),
             )
-        self._attachments[0].adapter = adapter
+        for held in self._attachments:
+            held.adapter = adapter
         picture = draw_preview(
             self._renderer, self.family, settings, process=process, adapter=adapter
         )

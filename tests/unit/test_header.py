@@ -11,12 +11,12 @@ from adapters import GOLDEN
 from small import ROOT, image_row, small_job
 
 from raylora.adapt.metadata import AdapterFacts, adapter_metadata
-from raylora.assemble import open_family
 from raylora.data.dataset import Dataset, PlanFacts
 from raylora.data.rows import Row, rows_of
 from raylora.data.steps import StepPlan
 from raylora.header import adapter_facts, find_license, image_facts
 from raylora.job import job_from
+from raylora.models import open_family
 
 
 def row(key: str, repeats: int, bucket: tuple[int, int], caption: str) -> Row:

@@ -69,6 +69,10 @@ def test_what_is_known_of_the_optimizers():
     assert {name for name, one in kinds.items() if one.one_rate} == estimating | {"adafactor"}
     free = {name for name, one in kinds.items() if one.schedule_free}
     assert free == {name for name in KINDS if name.endswith("schedule_free")}
+
+
+@pytest.mark.slow
+def test_adafactor_with_a_given_rate_is_as_any_other():
     fixed = OptimizerOptions(name="adafactor", args={"relative_step": False})
     assert not fixed.own_rate
     assert not fixed.one_rate

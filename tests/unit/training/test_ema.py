@@ -32,8 +32,11 @@ def test_while_it_is_shown_the_values_are_the_average_and_then_themselves_bit_fo
     ema = Ema(EmaOptions(decay=0.9), values)
     values.copy_(torch.tensor([3.0, 5.0]))
     ema.update(1)
-    with pytest.raises(KeyError), ema.shown():
-        assert torch.equal(values, ema.average)
-        assert not torch.equal(values, torch.tensor([3.0, 5.0]))
-        raise KeyError
+    try:
+        with ema.shown():
+            assert torch.equal(values, ema.average)
+            assert not torch.equal(values, torch.tensor([3.0, 5.0]))
+            raise KeyError
+    except KeyError:
+        pass
     assert torch.equal(values, torch.tensor([3.0, 5.0]))

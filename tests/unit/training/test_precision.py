@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from raylora.assemble import open_store
 from raylora.training.loop import Run, run_training
 from raylora.training.report import read_metrics
-from raylora.training.step import train_step
+from raylora.training.step import StepResult, train_step
 
 
 def spoil(run: Run, value: float, calls: set[int]) -> None:
@@ -106,6 +106,19 @@ def test_a_skipped_step_moves_nothing(make_job: MakeJob):
     run.close()
 
 
+def counted(run: Run) -> tuple[StepResult, int]:
+    """A step, and how many numbers were kept for its backward pass."""
+    held: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        held.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = train_step(run.parts, 1)
+    return result, sum(held)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("train", ["denoiser", "both"])
 def test_checkpointed_blocks_give_the_same_bits(make_job: MakeJob, train: str):
@@ -119,12 +132,8 @@ def test_checkpointed_blocks_give_the_same_bits(make_job: MakeJob, train: str):
                 memory__max_micro_batch=2,
             )
         )
-        held: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: (held.append(tensor.numel()), tensor)[1], lambda tensor: tensor
-        ):
-            result = train_step(run.parts, 1)
-        kept.append(sum(held))
+        result, numbers = counted(run)
+        kept.append(numbers)
         found.append((run.parts.adapter.gradients.clone(), result.loss))
         run.close()
     assert kept[1] < kept[0] / 2, "fewer numbers are kept for the backward pass"

@@ -58,7 +58,7 @@ def test_gradients_of_the_text_encoder_are_those_of_finite_differences(make_job:
     parts = run.parts
     with torch.no_grad():
         parts.adapter.values += 0.02 * torch.sin(torch.arange(len(parts.adapter.values)))
-    samples, tensors, _ = parts.loader.take(0)
+    _, tensors, _ = parts.loader.take(0)
     batch = {word: torch.from_numpy(held.copy())[None] for word, held in tensors[0].items()}
     noise, timesteps = torch.ones_like(batch["latents"]), torch.tensor([300])
     assert {"ids", "weights"} < set(batch)

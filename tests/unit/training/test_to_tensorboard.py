@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small import MakeJob, open_run
 
 from raylora.base.errors import OptionError
 from raylora.base.storage import Storage, open_storage
+from raylora.training.loop import run_training
 from raylora.training.options import LogOptions
+from raylora.training.report import read_metrics
 from raylora.training.to_tensorboard import TensorBoardFiles
 from raylora.training.trackers import make_trackers, report_problems
 
@@ -60,6 +64,29 @@ def test_one_that_is_open_sees_what_comes_later(here: Storage, tmp_path: Path):
     tell(files, range(3, 5), 0.25)
     files.flush()
     assert curve(held, "loss/current") == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+
+
+@pytest.mark.slow
+def test_a_real_run_and_its_resume_are_one_curve(make_job: MakeJob):
+    job = make_job(training__steps=5, training__save_every_steps=2)
+    for attempt, steps in ((1, 3), (2, 5)):
+        run = open_run(job, report=True)
+        assert run.reporter
+        options = LogOptions(tensorboard=True)
+        run.reporter.trackers = make_trackers(
+            options, run.storage, attempt=attempt, name=job.name, job=job.plain()
+        )
+        run.course = replace(run.course, total_steps=steps)
+        run_training(run)
+        run.close()
+    held = reader(Path(run.storage.url.removeprefix("file://")) / "tensorboard")
+    rows = {row["done"]: row["loss"] for row in read_metrics(run.storage)}
+    assert curve(held, "loss/current") == [
+        (step, pytest.approx(loss, rel=1e-6)) for step, loss in sorted(rows.items())
+    ]
+    average = dict(curve(held, "loss/average"))
+    assert average[5] == pytest.approx(sum(rows.values()) / 5, rel=1e-6)  # an epoch has 6 steps
+    assert any(tag.startswith("lr/") for tag in held.Tags()["scalars"])
 
 
 @pytest.mark.slow

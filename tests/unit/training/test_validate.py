@@ -11,9 +11,13 @@ from small import MakeJob, open_run
 from torch import Tensor
 
 from raylora.base.seeds import draw_normal, sample_number
+from raylora.data.dataset import Dataset
+from raylora.data.supply import Tensors, measured_tensors
 from raylora.job import Job
+from raylora.training.loop import Run
 from raylora.training.reduce import Distributed
 from raylora.training.step import train_step
+from raylora.training.validate import Validation, draw_measured
 
 TIMESTEPS = (150, 700)
 
@@ -135,3 +139,80 @@ def test_measuring_keeps_no_graph_and_touches_no_gradient(make_job: MakeJob, one
     assert torch.equal(run.parts.adapter.gradients, gradients)
     assert torch.equal(run.parts.adapter.values, values)
     run.close()
+
+
+@pytest.mark.slow
+def test_images_trained_on_are_measured_with_the_same_ruler(make_job: MakeJob, one_icon: str):
+    run = open_run(make_job(validation__folder=one_icon, validation__timesteps=TIMESTEPS))
+    assert run.validation
+    trained_on = run.parts.loader.dataset
+    both = Validation(run.validation.dataset, TIMESTEPS, training=trained_on, training_images=99)
+    numbers = both.measure(run.parts)
+    as_held_out = Validation(trained_on, TIMESTEPS).measure(run.parts)
+    alone = run.validation.measure(run.parts)
+    run.close()
+    training = {k.replace("training", "validation"): v for k, v in numbers.items() if k[0] == "t"}
+    assert training == as_held_out
+    assert {k: v for k, v in numbers.items() if k[0] == "v"} == alone
+    assert numbers["training"] != numbers["validation"]
+
+
+def test_the_same_few_images_are_chosen_each_time_and_no_regularisation(make_job: MakeJob):
+    folder = make_job().data.folder
+    sets = [{"folder": folder}, {"folder": folder, "is_reg": True}]
+    run = open_run(make_job(data__folder=None, data__sets=sets))
+    dataset = run.parts.loader.dataset
+    chosen = draw_measured(dataset, 5)
+    run.close()
+    assert len({row.key for row in chosen}) == 5
+    assert {row.set for row in dataset.rows} == {0, 1}
+    assert {row.set for row in chosen} == {0}
+    assert draw_measured(dataset, 5) == chosen
+    assert set(chosen) < set(draw_measured(dataset, 9)), "more of them are others"
+    assert [row.key for row in chosen] != [row.key for row in dataset.rows][:5]
+    assert len(draw_measured(dataset, 1000)) == 24
+
+
+def test_what_gives_rows_their_tensors_can_be_handed_in(make_job: MakeJob, one_icon: str):
+    run = open_run(make_job(validation__folder=one_icon))
+    assert run.validation
+    asked: list[str] = []
+
+    def measured(dataset: Dataset, rows: Any) -> list[Tensors]:
+        asked.extend(row.key for row in rows)
+        return [{**one, "latents": one["latents"] * 0} for one in measured_tensors(dataset, rows)]
+
+    plain = run.validation.measure(run.parts)
+    handed = Validation(run.validation.dataset, TIMESTEPS, measured=measured).measure(run.parts)
+    run.close()
+    assert asked == ["alien.png"]
+    assert handed["validation/150"] != plain["validation/150"]
+
+
+@pytest.mark.slow
+def test_two_workers_measure_both_rulers_as_one_does(make_job: MakeJob):
+    job = held_out(make_job, training__precision="fp64")
+    first, second = together(2, measure_both_as, job)
+    assert first == second
+    assert set(first) == {
+        f"{a}{b}" for a in ("validation", "training") for b in ("", "/150", "/700")
+    }
+    run = open_run(job)
+    assert first == pytest.approx(both_rulers(run), rel=1e-12)
+    run.close()
+
+
+def measure_both_as(rank: int, job: Job) -> dict[str, float]:
+    torch.set_num_threads(1)
+    run = open_run(job, Distributed())
+    try:
+        return both_rulers(run)
+    finally:
+        run.close()
+
+
+def both_rulers(run: Run) -> dict[str, float]:
+    assert run.validation
+    trained_on = run.parts.loader.dataset
+    both = Validation(run.validation.dataset, TIMESTEPS, training=trained_on, training_images=5)
+    return both.measure(run.parts)
