@@ -70,7 +70,7 @@ def _options(schema: Schema, known: dict[str, Schema], *, path: str) -> Iterator
     required = schema.get("required", [])
     sections = []
     for word, field in schema["properties"].items():
-        found = _sections(field, known)
+        found = sections_in(field, known)
         place = f"{path}{word}"
         if found and all(_same_words(inner, schema) for inner in found):
             yield from _option(place, field, known, needed=False, what="a list of sections")
@@ -95,7 +95,7 @@ def _heading(
         kind = inner["properties"].get("kind", {}).get("const")
         yield from (f"{level} {place}" + (f", kind: {kind}" if kind else ""), "")
         text = inner.get("description") or field.get("description", "")
-        yield from (*_wrapped(text), "")
+        yield from (*wrapped(text), "")
         yield from _options(inner, known, path=f"{place}.")
 
 
@@ -113,30 +113,30 @@ def _option(
     place: str, field: Schema, known: dict[str, Schema], *, needed: bool, what: str = ""
 ) -> Iterator[str]:
     """Two lines or more: the path, what it may be, the default; then its text."""
-    default = "" if needed or "default" not in field else f"; default `{_yaml(field['default'])}`"
-    yield from _wrapped(f"- `{place}`: {what or _what(field, known)}{default}", indent="  ")
+    default = "" if needed or "default" not in field else f"; default `{as_yaml(field['default'])}`"
+    yield from wrapped(f"- `{place}`: {what or allowed_values(field, known)}{default}", indent="  ")
     text = field.get("description", "")
     if not text and "const" in field:
         text = f"Chooses this one, which the file `{field['const']}.py` gives."
     assert text, f"{place} has no text: write one under the field"
-    yield from _wrapped(text, indent="  ", first="  ")
+    yield from wrapped(text, indent="  ", first="  ")
     yield ""
 
 
-def _sections(field: Schema, known: dict[str, Schema]) -> list[Schema]:
+def sections_in(field: Schema, known: dict[str, Schema]) -> list[Schema]:
     """The option classes that a field refers to."""
     if "$ref" in field:
         found = known[field["$ref"].rpartition("/")[2]]
         return [found] if "properties" in found else []
     inner = [*field.get("oneOf", []), *field.get("anyOf", [])]
     inner += [field[word] for word in ("items", "additionalProperties") if _is_schema(field, word)]
-    return [section for one in inner for section in _sections(one, known)]
+    return [section for one in inner for section in sections_in(one, known)]
 
 
-def _what(field: Schema, known: dict[str, Schema]) -> str:
+def allowed_values(field: Schema, known: dict[str, Schema]) -> str:
     """What a value may be, in words."""
     if "anyOf" in field:
-        return " or ".join(_what(one, known) for one in field["anyOf"])
+        return " or ".join(allowed_values(one, known) for one in field["anyOf"])
     if "$ref" in field:
         words = known[field["$ref"].rpartition("/")[2]]["properties"]
         return "{" + ", ".join(words) + "}"
@@ -146,12 +146,12 @@ def _what(field: Schema, known: dict[str, Schema]) -> str:
         return " or ".join(f"`{word}`" for word in field["enum"])
     kind: str = field.get("type", "any value")
     if kind == "array" and "prefixItems" in field:
-        return "[" + ", ".join(_what(one, known) for one in field["prefixItems"]) + "]"
+        return "[" + ", ".join(allowed_values(one, known) for one in field["prefixItems"]) + "]"
     if kind == "array":
-        return f"a list of: {_what(field['items'], known)}"
+        return f"a list of: {allowed_values(field['items'], known)}"
     if kind == "object":
         inner = field["additionalProperties"]
-        return "path: value" if inner is True else f"path: {_what(inner, known)}"
+        return "path: value" if inner is True else f"path: {allowed_values(inner, known)}"
     return _NAMES.get(kind, kind) + _bounds(field)
 
 
@@ -185,12 +185,12 @@ def _is_schema(field: Schema, word: str) -> bool:
     return isinstance(field.get(word), dict)
 
 
-def _yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _wrapped(text: str, *, indent: str = "", first: str = "") -> list[str]:
+def wrapped(text: str, *, indent: str = "", first: str = "") -> list[str]:
     parts = " ".join(text.split()).split("`")
     # Outside code, Markdown would take <run> for HTML.
     parts[::2] = [part.replace("<", "\\<") for part in parts[::2]]

@@ -23,7 +23,7 @@ from raylora.data.dataset import CachePlan
 from raylora.data.steps import StepPlan
 from raylora.families import Family
 from raylora.job import Job
-from raylora.models import first_of, open_family, with_seed
+from raylora.models import files_fit, open_family, with_seed
 
 T = TypeVar("T")
 
@@ -63,8 +63,8 @@ def check_job(job: Job, *, rehash: bool = False) -> Checked:
     if family is not None:
         opened = family
         problems += base_problems(job, opened)
-        if job.network.initial is not None:
-            _collect(problems, lambda: first_of(job, opened, *opened.skeletons()))
+        if job.network.initial is not None or job.family.loras:
+            _collect(problems, lambda: files_fit(job, opened))
         plan = partial(plan_dataset, job, family=family, rehash=rehash, workers=job.fleet.count)
         for sets in set_groups(job):
             planned = _collect(problems, partial(plan, sets))

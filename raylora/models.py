@@ -150,6 +150,19 @@ def load_adapted(job: Job, family: Family, device: torch.device) -> Adapted:
     return Adapted(denoiser, encoders, adapter, attachments, groups)
 
 
+def files_fit(job: Job, family: Family) -> None:
+    """Try the LoRA files that the job names on the base's layers, without its weights.
+
+    Raises:
+        WeightsError: one is for another base, or has what the job does not train.
+    """
+    denoiser, encoders = family.skeletons()
+    for component, model in {family.component: denoiser, **encoders}.items():
+        family.alter(component, model)
+    if job.network.initial is not None:
+        first_of(job, family, denoiser, encoders)
+
+
 def first_of(job: Job, family: Family, denoiser: nn.Module, encoders: Models) -> Initial:
     """Which layers carry the adapter, and what they start from, fresh or from a file.
 

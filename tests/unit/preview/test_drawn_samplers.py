@@ -102,4 +102,3 @@ def test_each_kind_of_sampler_draws_a_picture_of_its_own(family: Sd15):
         assert np.ptp(picture) > 20
         drawn.add(picture.tobytes())
     assert len(drawn) == len(names)
-

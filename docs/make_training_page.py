@@ -1,0 +1,371 @@
+"""Write docs/training.md: every option of training with its formula, source and other names.
+
+    python docs/make_training_page.py
+
+A test compares the page with what this program makes. What it says of an option is written beside
+the option (`known_as`); what is written here is what belongs to no option alone: the table of
+random draws, and how training differs from sd-scripts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from make_jobs_page import Schema, allowed_values, as_yaml, sections_in, wrapped
+
+from raylora.base.seeds import Purpose
+from raylora.job import Job
+
+PAGE = Path(__file__).parent / "training.md"
+
+SECTIONS = (
+    *("family", "network", "optimizer", "schedule", "loss", "noise", "training", "ema"),
+    *("validation", "preview", "memory", "export", "log"),
+)
+
+INTRODUCTION = """\
+# Training: every option, formula and draw
+
+Made from the texts beside the code by `docs/make_training_page.py`; change them there, not here.
+
+For each option: what it may be, what it is where a job says nothing, what it does, its formula and
+source, and what sd-scripts and people's guides call it. Images and captions are in
+[data.md](data.md), all other options in [jobs.md](jobs.md).
+
+- [By the names of sd-scripts](#by-the-names-of-sd-scripts)
+- [The options](#the-options)
+- [Every draw](#every-draw)
+- [How it differs from sd-scripts](#how-it-differs-from-sd-scripts)
+"""
+
+UNDER_OTHER_NAMES = """\
+Where the name is the same but the meaning is not quite, the option's entry says so. `--n` to `--am`
+are flags of a prompt in a `--sample_prompts` file.
+"""
+
+SAID_HERE = {
+    "family.clip_skip": "--clip_skip",
+    "family.max_tokens": "--max_token_length",
+    "family.weights": "--pretrained_model_name_or_path",
+    "family.weighted_captions": "--weighted_captions",
+    "memory.encode_batch": "--vae_batch_size",
+    "memory.max_micro_batch": "--train_batch_size",
+    "training.epochs": "--max_train_epochs",
+    "training.images_per_step": "--train_batch_size times --gradient_accumulation_steps times "
+    "--num_processes",
+    "training.max_timestep": "--max_timestep",
+    "training.min_timestep": "--min_timestep",
+    "training.steps": "--max_train_steps (counted on each process there)",
+}
+"""sd-scripts' names of options whose own file does not give one."""
+
+
+class Draw(NamedTuple):
+    """One purpose of random numbers.
+
+    Attributes:
+        of: what one draw belongs to.
+        key: what the numbers are a function of.
+        formula: what is made of them, in plain characters.
+    """
+
+    of: str
+    what: str
+    formula: str
+    key: str
+    source: str = ""
+
+
+_SHOWING = "`training.seed`, global step, sample"
+DRAWS: dict[Purpose, Draw] = {
+    "initial weights": Draw(
+        "layer, once",
+        "first weights of the adapter",
+        "down = U(-1, 1) / sqrt(numbers in); up = 0",
+        "`training.seed`, layer's name",
+        "He et al. 2015, arXiv 1502.01852, with a = sqrt(5) as in sd-scripts",
+    ),
+    "noise": Draw(
+        "sample",
+        "the noise of the latents",
+        "N(0, 1), of the latents' shape",
+        _SHOWING,
+        "Ho et al. 2020, arXiv 2006.11239",
+    ),
+    "timestep": Draw(
+        "sample",
+        "how noisy the latents are made",
+        "t uniform in min_timestep ... max_timestep - 1",
+        _SHOWING,
+        "Ho et al. 2020, arXiv 2006.11239",
+    ),
+    "noise offset": Draw(
+        "sample",
+        "`noise.offset`: one number a channel",
+        "noise + offset N(0, 1)",
+        _SHOWING,
+        "Guttenberg 2023",
+    ),
+    "noise offset strength": Draw(
+        "sample", "`noise.offset_random`", "U(0, 1) offset in offset's place", _SHOWING
+    ),
+    "noise pyramid": Draw(
+        "sample",
+        "`noise.multires_iterations`: the ratios, then the fields",
+        "r = U(2, 4) each; N(0, 1) at size / r^i",
+        _SHOWING,
+        "Whitaker 2023",
+    ),
+    "input noise": Draw(
+        "sample",
+        "`noise.input_perturbation`",
+        "noisy latents of noise + gamma N(0, 1)",
+        _SHOWING,
+        "Ning et al. 2023, arXiv 2301.11706",
+    ),
+    "input noise strength": Draw(
+        "sample", "`noise.input_perturbation_random`", "U(0, 1) gamma in gamma's place", _SHOWING
+    ),
+    "dropout": Draw(
+        "sample",
+        "`network.dropout`, `rank_dropout`, `module_dropout`: six words of 32 bits, from which "
+        "each layer's mask is hashed where it is needed",
+        "kept where hash(words, layer, place) >= p 2^32",
+        _SHOWING,
+        "Srivastava et al. 2014; hash: Wellons, lowbias32",
+    ),
+    "caption dropout": Draw(
+        "sample",
+        "whether a showing is trained without its caption",
+        "dropped where U(0, 1) < caption_dropout_rate",
+        _SHOWING,
+        "Ho & Salimans 2022, arXiv 2207.12598",
+    ),
+    "variant": Draw(
+        "image",
+        "`data.flip_aug` with a cache: which variant is mirrored first",
+        "even or odd, each as likely; they alternate",
+        "`data.variant_seed`, image",
+    ),
+    "picture": Draw(
+        "variant of an image; sample where pictures are not cached",
+        "how a picture is cut and coloured; not cached: mirrored too",
+        "U(0, 1), seven times, each with a place of its own",
+        "`data.variant_seed`, variant, image; or " + _SHOWING,
+    ),
+    "caption": Draw(
+        "variant of an image; sample where captions are not cached",
+        "wildcards, order of tags, tags left out",
+        "each choice as likely; a tag goes where U(0, 1) < caption_tag_dropout_rate",
+        "`data.variant_seed`, variant, image; or " + _SHOWING,
+    ),
+    "picture turn": Draw(
+        "image, once in as many showings as there are variants",
+        "in which order cached pictures are shown",
+        "a random order of the variants; each comes once before any comes again",
+        "`training.seed`, round, image",
+    ),
+    "caption turn": Draw(
+        "image, once in as many showings as there are variants",
+        "in which order cached captions are shown",
+        "as above",
+        "`training.seed`, round, image",
+    ),
+    "order": Draw(
+        "epoch",
+        "which images make up a step, and the order of steps",
+        "a random order within each bucket, and one of the steps",
+        "`data.order_seed`, epoch, bucket",
+    ),
+    "validation": Draw(
+        "held-out image and timestep",
+        "the noise of the held-out loss, the same at every measurement of every run",
+        "N(0, 1), of the latents' shape",
+        "0, timestep, image",
+    ),
+    "ruler": Draw(
+        "run, once",
+        "`validation.training_images`: which ones",
+        "the first of a random order",
+        "0",
+    ),
+    "preview": Draw(
+        "prompt",
+        "starting noise, and what euler_a and dpm_2_a add",
+        "N(0, 1), of the latents' shape",
+        "`preview.seed`, count within the picture (0 is the start), prompt's place in the list",
+    ),
+}
+UNLISTED: tuple[Purpose, ...] = ("test",)
+"""Purposes of the test suite."""
+
+ABOUT_DRAWS = """\
+Every number is a pure function of its key (numpy's Philox, a counter-based generator; Salmon et al.
+2011): the same on any machine, for any worker, in any micro-batch and after any resume. Nothing is
+drawn for a batch, a micro-batch or a worker. Switching one thing on changes no other thing's
+numbers, since each purpose has a stream of its own. *Sample* is one showing of an image: a hash of
+its path below the data folder, of which repeat it is, and of its set.
+"""
+
+AFTER_DRAWS = """\
+Two things are chosen without a generator: `data.validation_split` holds out the images whose hashes
+under `data.validation_seed` are lowest, and `training.seed: null` takes a seed from the operating
+system once, which then stands in the run's job.
+"""
+
+DIFFERENCES: tuple[str, ...] = (
+    "**Previews.** Noise follows (seed, prompt) and is the same in every round; there a prompt "
+    "without `--d` starts from other noise each time. Schedulers take the base's own config, so "
+    "`clip_sample` is not forced on, `pndm` goes without Runge-Kutta warm-up steps, and steps are "
+    "spaced as the base says. Under `noise.zero_terminal_snr` pictures start from pure noise; "
+    "there the plain schedule is sampled. A size that the base cannot draw is an error and not "
+    "rounded, and so is a flag that is not known or means nothing for SD 1.x (`--g`, `--cn`, "
+    "`--ctr`, `--rcfg`, `--fs`). Guidance is 7 and steps are 20 where nothing is said, there 7.5 "
+    "and 30.",
+)
+"""What trains, measures or draws otherwise than sd-scripts, and why; one paragraph each."""
+
+FLAG = re.compile(r"--(?:network|optimizer|lr_scheduler)_args \w+|--\w+")
+
+
+class Entry(NamedTuple):
+    """One option.
+
+    Attributes:
+        kind: of the section, where others lack the option.
+    """
+
+    path: str
+    field: Schema
+    needed: bool
+    kind: str = ""
+
+
+def training_page() -> str:
+    """The whole page."""
+    schema = Job.model_json_schema()
+    known = schema["$defs"]
+    by_section = {
+        word: list(_entries(word, schema["properties"][word], known))
+        for word in SECTIONS
+        if word in schema["properties"]
+    }
+    entries = [entry for held in by_section.values() for entry in held]
+    lines = [INTRODUCTION, "## By the names of sd-scripts", "", UNDER_OTHER_NAMES]
+    lines += [*_name_table(entries), "", "## The options", ""]
+    for word, held in by_section.items():
+        field = schema["properties"][word]
+        text = field.get("description") or sections_in(field, known)[0]["description"]
+        lines += [f"### {word}", "", *wrapped(text), ""]
+        for entry in held:
+            lines += [*_option(entry, known), ""]
+    lines += ["## Every draw", "", ABOUT_DRAWS, *_draw_table(), "", AFTER_DRAWS]
+    lines += ["## How it differs from sd-scripts", ""]
+    for difference in DIFFERENCES:
+        first, *more = wrapped(difference, indent="  ", first="- ")
+        lines += [first, *more]
+    return "\n".join([*lines, ""])
+
+
+def known_names(entry: Entry) -> dict[str, str]:
+    """What is said of an option beside its text."""
+    said: dict[str, str] = dict(entry.field.get("known_as", {}))
+    if entry.path in SAID_HERE:
+        assert "sd_scripts" not in said, f"{entry.path} names sd-scripts' option itself now"
+        said["sd_scripts"] = SAID_HERE[entry.path]
+    return said
+
+
+def _entries(place: str, field: Schema, known: dict[str, Schema]) -> Iterator[Entry]:
+    """The options of a section and of those within it; what several kinds share comes once."""
+    found = sorted(sections_in(field, known), key=lambda one: len(one["properties"]))
+    told: set[str] = set()
+    for section in found:
+        kind = section["properties"].get("kind", {}).get("const", "")
+        for word, inner in section["properties"].items():
+            if word in told:
+                continue
+            told.add(word)
+            path, within = f"{place}.{word}", sections_in(inner, known)
+            if not ("$ref" in inner and within):
+                needed = word in section.get("required", [])
+                yield Entry(path, inner, needed, kind if section is not found[0] else "")
+            if within:
+                yield from _entries(f"{path}.N" if _is_list(inner) else path, inner, known)
+
+
+def _is_list(field: Schema) -> bool:
+    return any(one.get("type") == "array" for one in [field, *field.get("anyOf", [])])
+
+
+def _option(entry: Entry, known: dict[str, Schema]) -> Iterator[str]:
+    field, path = entry.field, entry.path
+    values = allowed_values(field, known)
+    if path.endswith(".kind"):
+        values = "the name of a file"
+    default = f"default `{as_yaml(field['default'])}`" if "default" in field else ""
+    if entry.needed:
+        default = "must be given"
+    of_kind = f" (kind {entry.kind})" if entry.kind else ""
+    yield from (f"#### {path}{of_kind}", "")
+    yield from wrapped(f"{values[:1].upper()}{values[1:]}; {default or 'default `null`'}.")
+    yield ""
+    text = field.get("description", "")
+    if not text and "const" in field:
+        text = "Which one."
+    assert text, f"{path} has no text: write one under the field"
+    yield from wrapped(text)
+    said = known_names(entry)
+    if not said:
+        return
+    yield ""
+    titles = {"formula": "Formula", "source": "Source", "sd_scripts": "sd-scripts"}
+    for word, title in {**titles, "guides": "Guides"}.items():
+        if word in said:
+            shown = _coded(said[word]) if word in ("formula", "sd_scripts") else said[word]
+            yield from wrapped(f"- {title}: {shown}", indent="  ")
+
+
+def _coded(text: str) -> str:
+    """Formulas and flags as they are typed: Markdown would take signs out of them."""
+    return f"`{text}`" if "--" not in text else FLAG.sub(r"`\g<0>`", text)
+
+
+def _name_table(entries: list[Entry]) -> list[str]:
+    """sd-scripts' names in order, each with our options."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        for flag in dict.fromkeys(FLAG.findall(known_names(entry).get("sd_scripts", ""))):
+            found.setdefault(flag, []).append(entry)
+    rows = [
+        f"| `{flag}` | {', '.join(_link(entry) for entry in found[flag])} |"
+        for flag in sorted(found, key=str.lower)
+    ]
+    return ["| sd-scripts | raylora |", "|---|---|", *rows]
+
+
+def _link(entry: Entry) -> str:
+    heading = entry.path + (f" (kind {entry.kind})" if entry.kind else "")
+    anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+    return f"[{entry.path}](#{anchor})"
+
+
+def _draw_table() -> list[str]:
+    missing = set(get_args(Purpose)) - set(DRAWS) - set(UNLISTED)
+    assert not missing, f"write a row of DRAWS for each of {sorted(missing)}"
+    rows = [
+        f"| {name} | {draw.what} | {draw.of} | `{draw.formula}` | {draw.key} | {draw.source} |"
+        for name, draw in DRAWS.items()
+    ]
+    return [
+        "| draw | what | for each | formula | from | source |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(training_page(), encoding="utf-8")
