@@ -89,48 +89,51 @@ DRAWS: dict[Purpose, Draw] = {
         "He et al. 2015, arXiv 1502.01852, with a = sqrt(5) as in sd-scripts",
     ),
     "noise": Draw(
-        "sample",
+        "sample and step",
         "the noise of the latents",
         "N(0, 1), of the latents' shape",
         _SHOWING,
         "Ho et al. 2020, arXiv 2006.11239",
     ),
     "timestep": Draw(
-        "sample",
+        "sample and step",
         "how noisy the latents are made",
         "t uniform in min_timestep ... max_timestep - 1",
         _SHOWING,
         "Ho et al. 2020, arXiv 2006.11239",
     ),
     "noise offset": Draw(
-        "sample",
+        "sample and step",
         "`noise.offset`: one number a channel",
         "noise + offset N(0, 1)",
         _SHOWING,
         "Guttenberg 2023",
     ),
     "noise offset strength": Draw(
-        "sample", "`noise.offset_random`", "U(0, 1) offset in offset's place", _SHOWING
+        "sample and step", "`noise.offset_random`", "U(0, 1) offset in offset's place", _SHOWING
     ),
     "noise pyramid": Draw(
-        "sample",
+        "sample and step",
         "`noise.multires_iterations`: the ratios, then the fields",
         "r = U(2, 4) each; N(0, 1) at size / r^i",
         _SHOWING,
         "Whitaker 2023",
     ),
     "input noise": Draw(
-        "sample",
+        "sample and step",
         "`noise.input_perturbation`",
         "noisy latents of noise + gamma N(0, 1)",
         _SHOWING,
         "Ning et al. 2023, arXiv 2301.11706",
     ),
     "input noise strength": Draw(
-        "sample", "`noise.input_perturbation_random`", "U(0, 1) gamma in gamma's place", _SHOWING
+        "sample and step",
+        "`noise.input_perturbation_random`",
+        "U(0, 1) gamma in gamma's place",
+        _SHOWING,
     ),
     "dropout": Draw(
-        "sample",
+        "sample and step",
         "`network.dropout`, `rank_dropout`, `module_dropout`: six words of 32 bits, from which "
         "each layer's mask is hashed where it is needed",
         "kept where hash(words, layer, place) >= p 2^32",
@@ -138,7 +141,7 @@ DRAWS: dict[Purpose, Draw] = {
         "Srivastava et al. 2014; hash: Wellons, lowbias32",
     ),
     "caption dropout": Draw(
-        "sample",
+        "sample and step",
         "whether a showing is trained without its caption",
         "dropped where U(0, 1) < caption_dropout_rate",
         _SHOWING,
@@ -151,13 +154,13 @@ DRAWS: dict[Purpose, Draw] = {
         "`data.variant_seed`, image",
     ),
     "picture": Draw(
-        "variant of an image; sample where pictures are not cached",
+        "variant of an image; sample and step where pictures are not cached",
         "how a picture is cut and coloured; not cached: mirrored too",
         "U(0, 1), seven times, each with a place of its own",
         "`data.variant_seed`, variant, image; or " + _SHOWING,
     ),
     "caption": Draw(
-        "variant of an image; sample where captions are not cached",
+        "variant of an image; sample and step where captions are not cached",
         "wildcards, order of tags, tags left out",
         "each choice as likely; a tag goes where U(0, 1) < caption_tag_dropout_rate",
         "`data.variant_seed`, variant, image; or " + _SHOWING,
@@ -297,6 +300,11 @@ def _entries(place: str, field: Schema, known: dict[str, Schema]) -> Iterator[En
                 yield from _entries(f"{path}.N" if _is_list(inner) else path, inner, known)
 
 
+def _kinds(section: str, known: dict[str, Schema]) -> list[str]:
+    found = sections_in(Job.model_json_schema()["properties"][section], known)
+    return sorted(str(one["properties"]["kind"]["const"]) for one in found)
+
+
 def _is_list(field: Schema) -> bool:
     return any(one.get("type") == "array" for one in [field, *field.get("anyOf", [])])
 
@@ -305,7 +313,7 @@ def _option(entry: Entry, known: dict[str, Schema]) -> Iterator[str]:
     field, path = entry.field, entry.path
     values = allowed_values(field, known)
     if path.endswith(".kind"):
-        values = "the name of a file"
+        values = " or ".join(f"`{kind}`" for kind in _kinds(path.removesuffix(".kind"), known))
     default = f"default `{as_yaml(field['default'])}`" if "default" in field else ""
     if entry.needed:
         default = "must be given"
@@ -315,7 +323,7 @@ def _option(entry: Entry, known: dict[str, Schema]) -> Iterator[str]:
     yield ""
     text = field.get("description", "")
     if not text and "const" in field:
-        text = "Which one."
+        text = "Which kind: each is a file of that name."
     assert text, f"{path} has no text: write one under the field"
     yield from wrapped(text)
     said = known_names(entry)
@@ -357,7 +365,7 @@ def _draw_table() -> list[str]:
     missing = set(get_args(Purpose)) - set(DRAWS) - set(UNLISTED)
     assert not missing, f"write a row of DRAWS for each of {sorted(missing)}"
     rows = [
-        f"| {name} | {draw.what} | {draw.of} | `{draw.formula}` | {draw.key} | {draw.source} |"
+        f"| {name} | {draw.what} | {draw.of} | {draw.formula} | {draw.key} | {draw.source} |"
         for name, draw in DRAWS.items()
     ]
     return [

@@ -28,7 +28,7 @@ from raylora.data.variants import Chooser
 from raylora.diffusion.losses import loss_problems, make_loss
 from raylora.diffusion.noise import make_noise, noise_problems, trained_process
 from raylora.families import Family
-from raylora.header import adapter_facts, image_facts
+from raylora.header import adapter_facts, find_license, image_facts
 from raylora.job import Job
 from raylora.models import PRECISIONS, Adapted, load_adapted
 from raylora.optim.groups import rates_at, text_stop_step
@@ -421,7 +421,7 @@ def _make_saver(
     prover: ExportProver | None,
     attempt: int,
 ) -> Saver:
-    started = time.time()
+    started, licence = time.time(), find_license(family.folder)
     images = image_facts(job, datasets.training)
 
     def metadata(step: int) -> dict[str, str]:
@@ -435,13 +435,13 @@ def _make_saver(
             step=step,
             total_steps=total,
             started_at=started,
+            base_license=licence,
             now=time.time(),
         )
         return adapter_metadata(facts)
 
     return Saver(
         storage,
-        network=job.network,
         dtype=getattr(torch, job.export.dtype),
         metadata=metadata,
         prover=prover,

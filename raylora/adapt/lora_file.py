@@ -274,7 +274,7 @@ def _hashes(
     """The hashes under which other programs list a file.
 
     sd-scripts takes both over a copy that holds only the ss_* words: sha256 of everything behind
-    the header, and 8 digits of the sha256 of 64 KiB from 1 MiB on. ModelSpec's is the first again.
+    the header, and 8 digits of the sha256 of 64 KiB from 1 MiB on.
     """
     model_hash = hashlib.sha256(body).hexdigest()
     training_words = {word: text for word, text in metadata.items() if word.startswith("ss_")}
@@ -284,7 +284,6 @@ def _hashes(
     return {
         "sshs_model_hash": model_hash,
         "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8],
-        MODELSPEC_HASH: f"0x{model_hash}",
     }
 
 

@@ -44,7 +44,9 @@ def command(file: Path, base: str, as_json: bool) -> dict[str, Any]:
     hashed = [word for word, fits in adapter.hash_checks.items() if fits]
     if not as_json:
         click.echo(f"file        {file.name}, {mib(adapter.size_bytes)}, {report.modules} modules")
-        click.echo(f"hashes      {' and '.join(hashed) + ' fit' if hashed else 'none in the file'}")
+        fit = "fits" if len(hashed) == 1 else "fit"
+        told = f"{' and '.join(hashed)} {fit}" if hashed else "none in the file"
+        click.echo(f"hashes      {told}")
         click.echo(
             f"readers     diffusers and raylora read the same ΔW in {report.modules} of "
             f"{report.modules} modules (largest difference {report.reader_error:.1e})"

@@ -78,6 +78,7 @@ class Family(ABC):
     """One base model, its parts loaded when they are asked for.
 
     Attributes:
+        folder: where the base lies on this machine.
         component: the denoiser's name in exported files, "unet" or "transformer".
         process: how latents are noised and what is predicted.
         pixels_per_latent: how many pixels one latent cell spans.
@@ -92,6 +93,7 @@ class Family(ABC):
         altered: component -> what names that; part of fingerprints and of the cache's names.
     """
 
+    folder: Path
     component: str
     process: Process
     pixels_per_latent: int

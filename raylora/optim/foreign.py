@@ -30,7 +30,7 @@ def as_target(name: str, home: str) -> str | None:
 
 
 @lru_cache
-def load_class(target: str, base: type, option: str) -> type:
+def load_class(target: str, base: type) -> type:
     """The class behind `module:Class`, which must be a kind of `base`.
 
     Raises:
@@ -41,20 +41,16 @@ def load_class(target: str, base: type, option: str) -> type:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise OptionError(
-            f"{option} is {target}, and {module_name} cannot be imported ({error}). Install its "
-            "package where raylora runs, or choose another."
+            f"{target} cannot be imported ({error}). Install its package where raylora runs, or "
+            "choose another."
         ) from None
     found = getattr(module, class_name, None)
     if found is None:
         kinds = [name for name, one in vars(module).items() if _is_kind(one, base)]
-        raise OptionError(
-            f"{option} is {target}, and {module_name} has no {class_name}."
-            f"{did_you_mean(class_name, kinds)}"
-        )
+        raise OptionError(f"{module_name} has no {class_name}.{did_you_mean(class_name, kinds)}")
     if not _is_kind(found, base):
         raise OptionError(
-            f"{option} is {target}, which is not a kind of {base.__module__}.{base.__name__}. "
-            "Name a class that is."
+            f"{target} is not a kind of {base.__module__}.{base.__name__}. Name a class that is."
         )
     return found  # type: ignore[no-any-return]
 

@@ -147,8 +147,8 @@ def normal_name(given: str) -> str:
     target = as_target(given, "torch.optim")
     if target is None:
         raise OptionError(
-            f"optimizer.name is {given!r}, which is not known.{did_you_mean(given, KINDS)} Any "
-            "other optimizer is named `module:Class`, e.g. torch.optim:NAdam."
+            f"{given!r} is not known.{did_you_mean(given, KINDS)} Any other optimizer is named "
+            "`module:Class`, e.g. torch.optim:NAdam."
         )
     return _TARGETS.get(target, target)
 
@@ -164,13 +164,13 @@ def _foreign(target: str) -> Kind:
     arguments = arguments_of(cls)
     if "lr" not in arguments:
         raise OptionError(
-            f"optimizer.name is {target}, whose lr cannot be set. Choose an optimizer with `lr`."
+            f"{target} takes no `lr`, so that its rate cannot be set. Choose another."
         )
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise OptionError(
-            f"optimizer.name is {target}, which asks for the loss anew within a step (`closure`); "
-            "a global step has one gradient. Choose another."
+            f"{target} asks for the loss anew within a step (`closure`); a global step has one "
+            "gradient. Choose another."
         )
     eps = arguments.get("eps")
     betas = arguments["betas"].default if "betas" in arguments else ()
@@ -197,7 +197,7 @@ def load_optimizer(kind: Kind) -> type[torch.optim.Optimizer]:
             __import__(package)
         except ImportError:
             raise OptionError(
-                f"optimizer.name needs the package {package}, which is not installed here. "
+                f"optimizer.name needs the package {package}, which is not installed. "
                 f'pip install "raylora[{kind.extra}]", or choose optimizer.name: adamw.'
             ) from None
-    return load_class(kind.target, torch.optim.Optimizer, "optimizer.name")
+    return load_class(kind.target, torch.optim.Optimizer)

@@ -16,7 +16,7 @@ from raylora.base.lookup import did_you_mean
 from raylora.base.options import Options, known_as
 from raylora.optim.foreign import argument_problem, as_target, load_class
 
-Steps = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0)]
+Steps = Annotated[int | float, Field(ge=0)]
 Factor = Callable[[int], float]
 
 POLYNOMIAL_END = 1e-7
@@ -111,8 +111,8 @@ class ScheduleOptions(Options):
         target = as_target(name, "torch.optim.lr_scheduler")
         if target is None:
             raise ValueError(
-                f"schedule.name is {name!r}, which is not known.{did_you_mean(name, WORDS)} Any "
-                "other is named `module:Class`, e.g. torch.optim.lr_scheduler:ExponentialLR."
+                f"{name!r} is not known.{did_you_mean(name, WORDS)} Any other is named "
+                "`module:Class`, e.g. torch.optim.lr_scheduler:ExponentialLR."
             )
         return target
 
@@ -309,7 +309,7 @@ class _Standing(torch.optim.Optimizer):
 
 def _simulated(options: ScheduleOptions, total_steps: int, rate: float) -> Factor:
     """The class's rates of a whole run, so that a resumed run can ask for any step's."""
-    cls = load_class(options.name, torch.optim.lr_scheduler.LRScheduler, "schedule.name")
+    cls = load_class(options.name, torch.optim.lr_scheduler.LRScheduler)
     dummy = _Standing(rate)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's, about how its schedulers are called
@@ -382,15 +382,18 @@ def _class_problem(options: ScheduleOptions) -> str | None:
     if not options.is_class:
         return None
     try:
-        cls = load_class(options.name, torch.optim.lr_scheduler.LRScheduler, "schedule.name")
-        problem = argument_problem(cls, options.args, _GIVEN_BY_US, "schedule.args")
-        if problem is None and cls.__name__ == "ReduceLROnPlateau":
-            problem = (
-                f"schedule.name is {options.name}, which asks for a loss on every step; rates are "
-                "known from the step alone. Choose another, e.g. warmup_stable_decay."
-            )
-        if problem is None:
-            _simulated(options, 1, 1.0)
+        cls = load_class(options.name, torch.optim.lr_scheduler.LRScheduler)
     except OptionError as error:
-        return str(error)
+        return f"schedule.name: {error}"
+    if cls.__name__ == "ReduceLROnPlateau":
+        return (
+            f"schedule.name is {options.name}, which asks for a loss on every step; rates are "
+            "known from the step alone. Choose another, e.g. warmup_stable_decay."
+        )
+    problem = argument_problem(cls, options.args, _GIVEN_BY_US, "schedule.args")
+    if problem is None:
+        try:
+            _simulated(options, 1, 1.0)
+        except OptionError as error:
+            return str(error)
     return problem

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raylora.preview.options import PreviewOptions
-from raylora.training.options import TrainingOptions, ValidationOptions
-
 
 @dataclass(frozen=True)
 class Course:
@@ -37,7 +34,7 @@ class Course:
 
     def validates_at(self, done: int) -> bool:
         """Whether the held-out loss is due; the base's own is, at step 0."""
-        return done == self.total_steps or is_due(done, self.validate_every)
+        return done in (0, self.total_steps) or is_due(done, self.validate_every)
 
     def previews_at(self, done: int) -> bool:
         """Whether previews are due."""
@@ -54,32 +51,3 @@ def is_due(done: int, every: int | None) -> bool:
 def steps_between(steps: int | None, epochs: int | None, steps_per_epoch: int) -> int | None:
     """Global steps between two of something that is given in steps or in epochs, if at all."""
     return steps if epochs is None else epochs * steps_per_epoch
-
-
-def plan_course(
-    training: TrainingOptions,
-    validation: ValidationOptions,
-    preview: PreviewOptions,
-    *,
-    total_steps: int,
-    steps_per_epoch: int,
-    refit_every: int,
-    checksum_every: int,
-) -> Course:
-    """The course that a job asks for; what it gives in epochs becomes global steps."""
-    validate_every = steps_between(validation.every_steps, validation.every_epochs, steps_per_epoch)
-    assert validate_every is not None  # the options see to it
-    return Course(
-        total_steps=total_steps,
-        save_every=steps_between(
-            training.save_every_steps, training.save_every_epochs, steps_per_epoch
-        ),
-        validate_every=validate_every,
-        preview_every=steps_between(preview.every_steps, preview.every_epochs, steps_per_epoch),
-        refit_every=refit_every,
-        checksum_every=checksum_every,
-        preview_first=preview.at_start,
-        keep_best=training.keep_best,
-        patience=validation.patience,
-        min_delta=validation.min_delta,
-    )

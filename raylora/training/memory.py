@@ -16,10 +16,11 @@ def memory_numbers(device: torch.device) -> dict[str, int]:
     """
     peak = peak_bytes(device)
     if device.type != "cuda":
-        return {"memory_bytes": _resident_bytes(peak), "peak_bytes": peak}
+        now = _resident_bytes(peak)  # the kernel counts the two apart, and one may lag
+        return {"memory_bytes": now, "peak_bytes": max(peak, now)}
     _, total = torch.cuda.mem_get_info(device)
-    now = int(torch.cuda.memory_allocated(device))
-    return {"memory_bytes": now, "peak_bytes": peak, "total_bytes": total}
+    held = int(torch.cuda.memory_allocated(device))
+    return {"memory_bytes": held, "peak_bytes": peak, "total_bytes": total}
 
 
 def peak_bytes(device: torch.device) -> int:

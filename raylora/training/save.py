@@ -13,7 +13,6 @@ from raylora.adapt.proof import ExportProver, ProofReport
 from raylora.adapt.readable import readable
 from raylora.adapt.trained import low_ranks
 from raylora.base.storage import Storage
-from raylora.networks import NetworkOptions
 from raylora.training.checkpoint import State, prune, write_checkpoint
 from raylora.training.parts import Parts
 from raylora.training.run_folder import still_ours
@@ -25,7 +24,6 @@ class Saver:
 
     Args:
         storage: the run's folder.
-        network: options of the network, for the file's alpha.
         dtype: of the numbers in the file.
         naming: whose names the file uses.
         metadata: step -> the file's header.
@@ -38,7 +36,6 @@ class Saver:
         self,
         storage: Storage,
         *,
-        network: NetworkOptions,
         dtype: torch.dtype,
         metadata: Callable[[int], Mapping[str, str]],
         prover: ExportProver | None,
@@ -47,7 +44,6 @@ class Saver:
         naming: Naming = "kohya",
     ) -> None:
         self._storage = storage
-        self._network = network
         self._dtype = dtype
         self._naming = naming
         self._metadata = metadata

@@ -203,6 +203,11 @@ def test_eight_bits_hold_the_state_in_a_quarter_of_its_memory():
     assert counts["adamw8bit"] < 0.27 * counts["adamw"]
 
 
+def test_adamw_takes_one_pass():
+    optimizer = Problem(OptimizerOptions()).optimizer
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
 def test_only_those_that_look_at_shapes_are_given_them():
     shaped = [name for name in KINDS if wants_shapes(OptimizerOptions(name=name))]
     assert shaped == ["adafactor"]

@@ -107,7 +107,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "adamm"}, "Did you mean 'adamw'"),
     ({"name": "torch.optim:LBFGS"}, "asks for the loss anew within a step"),
     ({"name": "torch.optim:Adamm"}, "torch.optim has no Adamm. Did you mean 'Adam'"),
-    ({"name": "nowhere:Adam"}, "nowhere cannot be imported"),
+    ({"name": "nowhere:Adam"}, "nowhere:Adam cannot be imported"),
     ({"name": "torch.optim.lr_scheduler:StepLR"}, "is not a kind of torch.optim.optimizer"),
     ({"name": "sgd_nesterov", "betas": (0.9, 0.99)}, "betas is given, and sgd_nesterov has none"),
     ({"name": "lion", "eps": 1e-8}, "eps is given, and lion has none. Leave it out"),
@@ -249,6 +249,15 @@ def test_what_does_not_agree_is_told(
             ({"name": "adafactor", "args": {"relative_step": False}}, {"name": "cosine"}),
             ({"name": "adamw_schedule_free"}, {"warmup_steps": 10}),
             ({"name": "prodigy"}, {"name": "cosine", "warmup_steps": 10}),
+            (
+                {"name": "d_adapt_sgd"},
+                {
+                    "name": "warmup_stable_decay",
+                    "warmup_steps": 3,
+                    "decay_steps": 3,
+                    "min_ratio": 0.1,
+                },
+            ),
             ({"text_encoder_rate": 1e-5, "text_encoder_stop": 0.5}, {}),
         ]
     ),

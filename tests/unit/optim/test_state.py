@@ -116,6 +116,8 @@ def test_another_optimizer_or_other_groups_are_refused():
 class Remembers(torch.optim.SGD):
     """An optimizer with whatever in its state."""
 
+    seen = 0
+
     def keep(self, value: object) -> None:
         self.state[self.param_groups[0]["params"][0]]["kept"] = value
 
@@ -138,6 +140,34 @@ def test_any_plain_value_comes_back(value: Any):
     restore(other, *stored(one))
     (found,) = (state["kept"] for state in other.state.values())
     assert repr(found) == repr(value)
+
+
+def test_a_number_that_the_optimizer_itself_counts_comes_back():
+    one, other = (Remembers([nn.Parameter(torch.zeros(2))], lr=1) for _ in range(2))
+    one.seen, other.seen = 7, 0
+    restore(other, *stored(one))
+    assert other.seen == 7
+
+
+@pytest.mark.parametrize(("name", "steps"), [("adamw", "meta"), ("torch.optim:NAdam", "cpu")])
+def test_state_goes_to_its_parameters_device_and_counts_to_where_torch_wants_them(
+    name: str, steps: str
+):
+    options = OptimizerOptions(name=name)
+    whole = Problem(options)
+    whole.move(range(2), warm_up(name))
+    away = nn.Parameter(torch.zeros(8, 640, device="meta"))
+    rest = [nn.Parameter(torch.zeros(*shape, device="meta")) for shape in ((640, 8), (5, 1))]
+    optimizer = make_optimizer(
+        options,
+        [
+            {"params": [away], "rate": 1e-4, "name": "textencoder"},
+            {"params": rest, "rate": 1e-4, "name": "unet"},
+        ],
+    )
+    restore(optimizer, *stored(whole.optimizer))
+    state = optimizer.state[away]
+    assert (state["exp_avg"].device.type, state["step"].device.type) == ("meta", steps)
 
 
 @pytest.mark.parametrize("value", [object(), {1.5: 2}, {1, 2}, torch.float32])

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from raylora.preview.options import PreviewOptions
-from raylora.training.course import Course, plan_course, steps_between
+from raylora.training.course import Course, steps_between
 from raylora.training.judge import Judge
-from raylora.training.options import TrainingOptions, ValidationOptions
 
 COURSE = Course(
     total_steps=10,
@@ -33,8 +31,9 @@ def test_saving_measuring_and_drawing_each_have_their_pace_and_the_end():
 
 
 def test_none_is_only_the_end():
-    never = replace(COURSE, save_every=None, preview_every=None)
+    never = replace(COURSE, save_every=None, validate_every=None, preview_every=None)
     assert steps(never.saves_at) == [10]
+    assert steps(never.validates_at) == [0, 10]
     assert steps(never.previews_at) == [0, 10]
 
 
@@ -47,19 +46,6 @@ def test_the_first_previews_can_be_left_out():
 )
 def test_an_epoch_is_so_many_global_steps(given: Any, between: int | None):
     assert steps_between(*given, steps_per_epoch=12) == between
-
-
-def test_a_jobs_epochs_become_steps():
-    course = plan_course(
-        TrainingOptions(epochs=5, save_every_epochs=1, keep_best=True),
-        ValidationOptions(every_epochs=2, patience=3, min_delta=0.25),
-        PreviewOptions(every_epochs=4, at_start=False),
-        total_steps=60,
-        steps_per_epoch=12,
-        refit_every=20,
-        checksum_every=50,
-    )
-    assert course == Course(60, 12, 24, 48, 20, 50, False, True, 3, 0.25)
 
 
 def test_the_bases_own_loss_is_no_best_and_no_reason_to_stop():

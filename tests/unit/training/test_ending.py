@@ -22,11 +22,9 @@ from raylora.base.errors import TrainingError
 from raylora.base.segments import read_segments
 from raylora.job import Job
 from raylora.training.checkpoint import checkpoint_steps, read_facts
-from raylora.training.course import plan_course
 from raylora.training.loop import Outcome, Run, run_training
 from raylora.training.reduce import Distributed, Group
 from raylora.training.report import read_metrics
-from raylora.training.validate import Validation
 
 PATIENCE = 7
 
@@ -68,27 +66,8 @@ def make_spoiled(make_job: MakeJob, one_icon: str, tmp_path: Path) -> MakeJob:
 
 
 def open_whole(job: Job, group: Group | None = None) -> Run:
-    """The run with everything that its job asks for."""
     torch.set_num_threads(1)
-    run = open_run(job, group, report=True)
-    course, plan = run.course, run.parts.loader.plan
-    run.course = plan_course(
-        job.training,
-        job.validation,
-        job.preview,
-        total_steps=course.total_steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        refit_every=course.refit_every,
-        checksum_every=course.checksum_every,
-    )
-    assert run.validation
-    run.validation = Validation(
-        run.validation.dataset,
-        job.validation.timesteps,
-        training=run.parts.loader.dataset,
-        training_images=job.validation.training_images,
-    )
-    return run
+    return open_run(job, group, report=True)
 
 
 def go(job: Job, group: Group | None = None) -> Outcome:
@@ -160,6 +139,24 @@ def ending(job: Job) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+def test_what_is_asked_for_in_epochs_comes_at_their_ends(make_job: MakeJob, one_icon: str):
+    """24 icons, 8 a step: an epoch is 3 steps."""
+    job = make_job(
+        training__steps=None,
+        training__epochs=3,
+        training__images_per_step=8,
+        training__save_every_epochs=1,
+        validation__folder=one_icon,
+        validation__every_steps=None,
+        validation__every_epochs=2,
+    )
+    go(job)
+    storage = open_store(job)
+    assert checkpoint_steps(storage) == [3, 6, 9]
+    assert [r["done"] for r in read_metrics(storage) if "validation" in r] == [0, 6, 9]
+
+
+@pytest.mark.slow
 def test_a_run_that_gets_no_better_ends_early_with_its_best(make_spoiled: MakeJob):
     job = make_spoiled()
     claim(job)
@@ -176,7 +173,8 @@ def test_a_run_that_gets_no_better_ends_early_with_its_best(make_spoiled: MakeJo
     for word, step in (("adapter", outcome.steps), ("best", best)):
         kept = storage.read(f"checkpoints/{step:06d}/adapter.safetensors")
         assert storage.read(result["files"][word]) == kept
-    assert train_small(job) == {**result, "already_done": True}
+    again = train_small(job)
+    assert again == {**result, "already_done": True}
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from raylora.base.errors import ExportError
 from raylora.job import job_from
 from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
 from raylora.training.loop import Run, run_training
+from raylora.training.state import held_state
 from raylora.training.step import train_step
 
 
@@ -72,7 +73,10 @@ def test_a_checkpoint_has_the_file_and_the_exact_state(make_job: MakeJob):
     run.close()
     state = read_checkpoint(run.storage, 2)
     assert torch.equal(state.tensors["values"], run.parts.adapter.values.detach())
-    assert float(state.tensors["optimizer/step"]) == 2
+    held, facts = held_state(run.parts)
+    assert state.tensors.keys() == held.keys()
+    assert all(torch.equal(state.tensors[name], tensor) for name, tensor in held.items())
+    assert state.facts["optimizer"] == facts["optimizer"]
     assert run.storage.read("checkpoints/000002/adapter.safetensors")
 
 
