@@ -288,7 +288,6 @@ def _make_parts(
         adapter=adapter,
         predict=family.predict,
         read_text=_text_reader(family, models, dtype, device),
-        text_stops=text_stop_step(job.optimizer, total),
         process=process,
         loss=make_loss(
             job.loss,
@@ -336,12 +335,12 @@ def _make_mover(job: Job, models: Adapted, total: int) -> Mover:
     most = job.network.max_norm
     return Mover(
         optimizer=adapter_optimizer(job, models),
-        names=[group.name for group in groups],
-        signs=[group.sign for group in groups],
+        groups=groups,
         rates=(lambda step: rates_at(groups, factor, step, total, options))
         if sets_rate(options)
         else None,
         max_grad_norm=options.max_grad_norm,
+        text_stops=text_stop_step(options, total),
         cap=NormCap(models.adapter, most) if most is not None else None,
     )
 

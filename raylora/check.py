@@ -24,6 +24,7 @@ from raylora.data.steps import StepPlan
 from raylora.families import Family
 from raylora.job import Job
 from raylora.models import files_fit, open_family, with_seed
+from raylora.optim.optimizers import optimizer_warning
 
 T = TypeVar("T")
 
@@ -96,6 +97,8 @@ def arithmetic(checked: Checked) -> dict[str, Any]:
 
 def _warnings(job: Job, plans: list[CachePlan]) -> list[str]:
     found = [note for plan in plans for note in plan.notes]
+    seldom_meant = optimizer_warning(job.optimizer)
+    found += [seldom_meant] if seldom_meant else []
     showings = int(plans[0].rows.repeats.sum())
     if job.training.images_per_step > showings:
         found.append(

@@ -64,8 +64,8 @@ class BlockRates(Options):
     def _can_be_read(self) -> Self:
         if self.zero_threshold and not self.given:
             raise ValueError(
-                f"optimizer.block_rates.zero_threshold is {self.zero_threshold:g}, and no block has "
-                "a rate of its own. Give down, mid or up, or leave it out."
+                f"optimizer.block_rates.zero_threshold is {self.zero_threshold:g}, and no block "
+                "has a rate of its own. Give down, mid or up, or leave it out."
             )
         try:
             block_weights(self)

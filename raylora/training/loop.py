@@ -16,8 +16,7 @@ from raylora.base.errors import TrainingError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage
 from raylora.training.checkpoint import changed, read_newest
-from raylora.training.course import Course as Course
-from raylora.training.course import is_due
+from raylora.training.course import Course, is_due
 from raylora.training.judge import Judge
 from raylora.training.parts import Parts
 from raylora.training.report import Reporter

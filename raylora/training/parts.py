@@ -16,6 +16,7 @@ from raylora.diffusion.losses import SampleLoss
 from raylora.diffusion.noise import NoiseSource
 from raylora.diffusion.process import Process
 from raylora.families import Models
+from raylora.optim.groups import Group as ParameterGroup
 from raylora.optim.state import shown_values
 from raylora.training.ema import Ema
 from raylora.training.loader import Loader
@@ -36,19 +37,28 @@ class Mover:
 
     Attributes:
         optimizer: over the adapter's groups.
-        names: of the groups, in order.
-        signs: of the groups: -1 goes up the gradient, which is what a negative rate means.
+        groups: what moves at one rate, as the pieces of the adapter's buffer.
         rates: global step -> rate of each group; None where the optimizer finds its own.
+        text_stops: global step from which the text encoder stays as it is; None is never.
         max_grad_norm: the whole gradient is shortened to this; 0 leaves it.
         cap: of each layer's change of weight, after the step.
     """
 
     optimizer: torch.optim.Optimizer
-    names: Sequence[str]
-    signs: Sequence[int]
+    groups: Sequence[ParameterGroup]
     rates: Callable[[int], Sequence[float]] | None
     max_grad_norm: float
+    text_stops: int | None = None
     cap: NormCap | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the groups."""
+        return [group.name for group in self.groups]
+
+    def stopped(self, step: int) -> bool:
+        """Whether the text encoder stays as it is in a step."""
+        return self.text_stops is not None and step >= self.text_stops
 
     def estimates(self) -> dict[str, float]:
         """What an optimizer that finds its rate has found: its `d`, by group."""
@@ -73,7 +83,6 @@ class Parts:
         text_encoders: those that are read in training; none where captions are cached.
         predict: the family's prediction.
         read_text: a batch's captions -> conditions of the prediction.
-        text_stops: global step from which the text encoder stays as it is; None is never.
         loss: (prediction, target, timesteps, weighing) -> (B,).
         noise: what is drawn for a sample.
         mover: optimizer and rates.
@@ -91,7 +100,6 @@ class Parts:
     adapter: Adapter
     predict: Predict
     read_text: ReadText
-    text_stops: int | None
     process: Process
     loss: SampleLoss
     noise: NoiseSource

@@ -17,6 +17,7 @@ from raylora.data.steps import SampleRef
 from raylora.data.supply import PRESERVE, Tensors
 from raylora.diffusion.losses import WEIGHING
 from raylora.diffusion.noise import draw_timesteps
+from raylora.optim.groups import leave_out
 from raylora.training.loader import micro_batches
 from raylora.training.parts import Parts
 
@@ -91,12 +92,14 @@ def move(
     mover, gradients = parts.mover, parts.adapter.gradients
     if mover.max_grad_norm > 0:
         gradients.mul_((mover.max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0))
-    for piece, sign in zip(parts.adapter.groups, mover.signs, strict=True):
-        if sign < 0:
+    for piece, group in zip(parts.adapter.groups, mover.groups, strict=True):
+        if group.sign < 0:  # a negative rate: the same way, backwards
             gradients[piece].neg_()
     if mover.rates is not None:
-        for group, rate in zip(mover.optimizer.param_groups, rates.values(), strict=True):
-            group["lr"] = rate
+        for held, rate in zip(mover.optimizer.param_groups, rates.values(), strict=True):
+            held["lr"] = rate
+    if mover.stopped(step):
+        leave_out(mover.optimizer, mover.groups, "text_encoder")
     mover.optimizer.step()
     extra: dict[str, Tensor | float] = {**mover.estimates()}
     if mover.cap:
@@ -140,8 +143,8 @@ def sample_losses(
         batch["latents"], seed=parts.seed, step=step, samples=numbers
     )
     timesteps = draw_timesteps(low=low, high=high, seed=parts.seed, step=step, samples=numbers)
-    reads = parts.text_stops is None or step < parts.text_stops
-    return losses_at(parts, batch, noise, timesteps, noised_with=noised_with, text_learns=reads)
+    learns = not parts.mover.stopped(step)
+    return losses_at(parts, batch, noise, timesteps, noised_with=noised_with, text_learns=learns)
 
 
 def losses_at(

@@ -35,7 +35,7 @@ SD_SCRIPTS = """
 --save_every_n_steps --save_every_n_epochs --save_last_n_steps --save_last_n_epochs
 --save_precision --no_metadata --training_comment --metadata_title --metadata_author
 --metadata_description --metadata_license --metadata_tags --log_with --logging_dir
-""".split()
+"""
 NETWORK_ARGS = (
     *("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "down_lr_weight"),
     *("mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold", "loraplus_lr_ratio"),
@@ -101,7 +101,7 @@ def test_every_training_option_of_sd_scripts_leads_to_ours(program: ModuleType):
     page = program.training_page()
     table = page.partition("| sd-scripts | raylora |")[2].partition("## The options")[0]
     named = set(re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE))
-    wanted = {*SD_SCRIPTS, *(f"--network_args {word}" for word in NETWORK_ARGS)}
+    wanted = {*SD_SCRIPTS.split(), *(f"--network_args {word}" for word in NETWORK_ARGS)}
     assert sorted(wanted - named) == []
 
 

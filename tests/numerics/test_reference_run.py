@@ -20,6 +20,7 @@ from raylora.diffusion.losses import LossOptions, make_loss
 from raylora.diffusion.noise import NoiseOptions, make_noise
 from raylora.families.sd15 import Sd15, Sd15Options
 from raylora.networks.lora import network
+from raylora.optim.groups import Group
 from raylora.optim.optimizers import OptimizerOptions, make_optimizer
 from raylora.training import step as step_module
 from raylora.training.loss_scale import LossScale
@@ -108,7 +109,6 @@ def parts_of(family: Sd15, dtype: torch.dtype, micro_batch: int = 2) -> Parts:
         adapter=adapter,
         predict=family.predict,
         read_text=lambda texts: {name: tensor.to(dtype) for name, tensor in texts.items()},
-        text_stops=None,
         process=family.process,
         loss=make_loss(LossOptions(), family.process),
         noise=make_noise(NoiseOptions()),
@@ -116,8 +116,7 @@ def parts_of(family: Sd15, dtype: torch.dtype, micro_batch: int = 2) -> Parts:
             optimizer=make_optimizer(
                 options, [{"params": [adapter.flat(0)], "rate": RUN["lr"], "name": "unet"}]
             ),
-            names=["unet"],
-            signs=[1],
+            groups=[Group("unet", "denoiser", RUN["lr"], 1, ())],
             rates=lambda step: [RUN["lr"]],
             max_grad_norm=0,
         ),
