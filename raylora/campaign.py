@@ -199,6 +199,11 @@ def _shared_job(options: SweepOptions, base: Job, given: Sequence[str]) -> Job:
     steps = shared.training.steps
     if options.scheduler == "asha" and steps is not None and options.grace_steps > steps:
         problems.append(grace_problem(options.grace_steps, steps))
+    if shared.validation.patience is not None:
+        problems.append(
+            "validation.patience ends a run by its own measurements, and a sweep compares trials "
+            "at equal steps. Leave it out; scheduler: asha stops what is behind."
+        )
     if shared.training.seed is None:
         problems.append(
             "training.seed is null, and trials with seeds of their own cannot be compared. Give "
@@ -212,6 +217,7 @@ def _shared_job(options: SweepOptions, base: Job, given: Sequence[str]) -> Job:
         "fleet.shares": "measured",
         # Every measurement has its checkpoint, so the scheduler may stop a trial after any.
         "training.save_every_steps": every,
+        "training.save_every_epochs": shared.validation.every_epochs,
         "training.keep_last": shared.training.keep_last or 2,
     }
     return with_overrides(shared, own if options.previews else {**own, "preview.prompts": []})

@@ -42,6 +42,7 @@ from raylora.training.options import (
     MemoryOptions,
     TrainingOptions,
     ValidationOptions,
+    held_out_problems,
 )
 
 if TYPE_CHECKING:
@@ -252,6 +253,12 @@ def _data_problems(job: Job, sets: tuple[SetOptions, ...]) -> Iterable[str]:
             )
     if job.validation.folder is not None and any(one.validation_split for one in sets):
         yield "data.validation_split and validation.folder: give one of them."
+    yield from held_out_problems(
+        job.training,
+        job.validation,
+        held_out=job.validation.folder is not None or any(one.validation_split for one in sets),
+        live=data.pictures_live,
+    )
     if data.prior_loss_weight != 1 and not any(options.is_reg for options in sets):
         yield (
             f"data.prior_loss_weight is {data.prior_loss_weight:g}, and no set has is_reg: true. "

@@ -148,19 +148,27 @@ def _keys(parts: Parts, step: int) -> list[str]:
 
 def _look(run: Run, judge: Judge, done: int, before: float | None = None) -> float | None:
     """Validate and draw previews where they are due; neither touches training's draws."""
-    course = run.course
-    go_on = run.reporter.pause() if run.reporter else None
+    course, validation, previews = run.course, run.validation, run.previews
     held_out = before
-    with run.parts.shown():
-        if run.validation and course.validates_at(done):
-            held_out = _measure(run, run.validation, judge, done)
-        if run.previews and (judge.over or course.previews_at(done)):
-            left_out = run.previews.draw(run.parts, done)
+    with _apart(run):
+        if validation and course.validates_at(done):
+            with run.parts.shown():
+                held_out = _measure(run, validation, judge, done)
+        if previews and (judge.over or course.previews_at(done)):
+            with run.parts.shown():
+                left_out = previews.draw(run.parts, done)
             if left_out and run.reporter:
                 run.reporter.event("previews left out", step=done, out_of_memory=left_out)
+    return held_out
+
+
+@contextmanager
+def _apart(run: Run) -> Iterator[None]:
+    """Within it, the clock of training stands."""
+    go_on = run.reporter.pause() if run.reporter else None
+    yield
     if go_on:
         go_on()
-    return held_out
 
 
 def _measure(run: Run, validation: Validation, judge: Judge, done: int) -> float:
@@ -195,29 +203,27 @@ def _keep_fleet(run: Run, done: int, result: StepResult) -> None:
 
 
 def _save(run: Run, judge: Judge, done: int, *, looked: bool) -> None:
-    go_on = run.reporter.pause() if run.reporter else None
-    if run.reporter:
-        # Rows first: a checkpoint that exists has its metrics beside it, and none of them is NaN.
-        run.reporter.flush()
-    if not bool(torch.isfinite(run.parts.adapter.values).all()):
-        raise TrainingError(
-            f"the adapter holds NaN or infinity after step {done}, so this checkpoint is not "
-            "saved. Lower optimizer.learning_rate, and start under another `name`; the newest "
-            "checkpoint is from before."
-        )
-    if run.saver and run.reporter:
-        facts: dict[str, Any] = {
-            **run.content,
-            "shares": run.parts.shares.weights,
-            "looked": looked,
-            "judge": judge.facts(),
-            "keep": judge.keep,
-        }
-        proof = run.saver.save(run.parts, done, facts)
-        proven = {"proof_error": float(f"{proof.worst_error:.2e}")} if proof else {}
-        run.reporter.event("saved", step=done, **proven)
-    if go_on:
-        go_on()
+    with _apart(run):
+        if run.reporter:
+            # Rows first: a checkpoint that exists has its metrics beside it, and none is NaN.
+            run.reporter.flush()
+        if not bool(torch.isfinite(run.parts.adapter.values).all()):
+            raise TrainingError(
+                f"the adapter holds NaN or infinity after step {done}, so this checkpoint is not "
+                "saved. Lower optimizer.learning_rate, and start under another `name`; the newest "
+                "checkpoint is from before."
+            )
+        if run.saver and run.reporter:
+            facts: dict[str, Any] = {
+                **run.content,
+                "shares": run.parts.shares.weights,
+                "looked": looked,
+                "judge": judge.facts(),
+                "keep": judge.keep,
+            }
+            proof = run.saver.save(run.parts, done, facts)
+            proven = {"proof_error": float(f"{proof.worst_error:.2e}")} if proof else {}
+            run.reporter.event("saved", step=done, **proven)
 
 
 def _tell_end(run: Run, judge: Judge, done: int, *, stopped: bool) -> None:
