@@ -220,6 +220,45 @@ system once, which then stands in the run's job.
 """
 
 DIFFERENCES: tuple[str, ...] = (
+    "**Steps.** A step is global: `training.images_per_step` images, whatever the number of GPUs. "
+    "Gradients are summed over all of them, divided once and clipped once. There each process "
+    "draws its own batch, and the number of processes divides the steps.",
+    "**Draws.** Every draw belongs to a sample or to a global step, so another fleet, another "
+    "micro-batch or a resume draws the same. There random strengths (`noise.offset_random`, "
+    "`noise.input_perturbation_random`), the pyramid's ratios and module dropout are drawn once a "
+    "batch, and every process has the same generator.",
+    "**Dropout.** Masks belong to (seed, step, sample, layer); `network.module_dropout` leaves a "
+    "layer out for a sample and not for a whole batch. Ranks and numbers as there.",
+    "**Norm cap.** `network.max_norm` acts once after each global step; there after every "
+    "micro-batch.",
+    "**Noise and SNR.** SNR is taken after the zero-terminal rescale, there before it. Where it is "
+    "0, weights have their limits (min-SNR 1 for epsilon, 0 for v), never NaN; debiased and "
+    "`loss.v_pred_like` have none for epsilon and are refused. `noise.zero_terminal_snr` is "
+    "refused for bases that predict epsilon. An offset and the pyramid exclude each other, since "
+    "the pyramid's division would shrink the offset. `min_snr` and `debiased` are one choice.",
+    "**Output preservation.** Only for regularisation images, and in mixed batches each sample has "
+    "its own target; for SD 1.x a mixed batch is an error there.",
+    "**Start from a file.** `network.initial` keeps exactly the file's effect: where the job's "
+    "alpha is another, `up` is rescaled. There the file's alpha is lost without a word. A file "
+    "with layers that the job does not train is refused.",
+    "**Optimizers.** 8-bit states cover each group as a whole; there a tensor below 4,096 numbers "
+    "stays in 32 bits. A part or block with rate 0 gets no adapter at all. LoRA+, block rates and "
+    "unlike rates are refused with optimizers that know one rate, which crash there in the first "
+    "step. `sgd_nesterov8bit` is plain momentum, as bitsandbytes does it. Names of arguments are "
+    "checked against the class.",
+    "**Schedules.** They are functions of the global step. `constant` may warm up. A word that a "
+    "schedule does not use is refused.",
+    "**Text encoder.** It can stop after a share of the run (`optimizer.text_encoder_stop`); from "
+    "then on it takes no part in the gradient's length either.",
+    "**Precision.** In fp16 a step that overflows is done again with half the scale; there it is "
+    "skipped. A gradient that is not finite stops the run, or skips the step where "
+    "`training.on_nan` says so; there it trains on.",
+    "**Held-out loss.** Measured at fixed timesteps and noise over all workers, by timestep too, "
+    "with the average where one is kept. There it is the first process's own. Keeping the best "
+    "checkpoint, ending early and the warning of overfitting have no counterpart there.",
+    "**Files.** Where alphas differ within a model, the file has one alpha and the difference is "
+    "in the weights, since diffusers would apply another strength. Every file is read back before "
+    "it counts as saved.",
     "**Previews.** Noise follows (seed, prompt) and is the same in every round; there a prompt "
     "without `--d` starts from other noise each time. Schedulers take the base's own config, so "
     "`clip_sample` is not forced on, `pndm` goes without Runge-Kutta warm-up steps, and steps are "

@@ -112,6 +112,11 @@ def _warnings(job: Job, plans: list[CachePlan]) -> list[str]:
                 f"training.precision bf16 on this CPU ({capability}) is 2 to 10 times slower than "
                 "fp32."
             )
+    if job.training.precision == "fp16" and pick_device(job).type == "cpu":
+        found.append(
+            "training.precision fp16 is for GPUs older than Ampere; a CPU computes it slowly. "
+            "Choose fp32."
+        )
     return found
 
 

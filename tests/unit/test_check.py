@@ -103,3 +103,8 @@ def test_a_step_larger_than_the_data_set_is_warned_of(tmp_path: Path):
     assert checked.warnings == [
         "training.images_per_step is 100, but an epoch has only 24 images: each step holds 24."
     ]
+
+
+def test_fp16_on_a_cpu_is_warned_about(tmp_path: Path):
+    (warning,) = check_job(job(tmp_path, training__precision="fp16")).warnings
+    assert "a CPU computes it slowly" in warning
