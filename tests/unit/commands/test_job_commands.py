@@ -124,7 +124,7 @@ def test_every_mistake_is_a_line_and_the_exit_code_is_2(
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "network.rnak: no such option. Did you mean 'rank'?",
-        "loss.name is 'l9': input should be 'l2' or 'l1'.",
+        "loss.name is 'l9': input should be 'l2', 'l1', 'huber' or 'smooth_l1'.",
         "training.stesp: no such option. Did you mean 'steps'?",
     ]
     code, document, _ = call(capsys, "check", job, *wrong)

@@ -143,7 +143,7 @@ def test_all_layers_are_those_of_sd_scripts(network: str, unet: int, text: int):
 
 def test_a_layers_block_is_that_of_sd_scripts():
     recorded = json.loads((GOLDEN / "param_groups.json").read_text())
-    theirs = recorded["block_index_of_unet_modules"]["sd15"]
+    theirs = recorded["block_index"]
     sites = opened().sites(sd15_components()["unet"], "attention_mlp", convolutions=True)
     ours = {kohya_name(site.name): site.block for site in sites}
     assert {name: ours[name] for name in theirs} == theirs
