@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -217,6 +218,8 @@ class Sd15(Family):
                 site = site_of(path, module, block=_block_index(block))
                 if site is not None and not (inner and site.kernel != (1, 1)):
                     found.append(site)
+        config: Any = denoiser.config
+        _expect("UNet", len(found), _unet_layers(config, layers, convolutions=convolutions))
         return found
 
     def text_sites(self, text_encoders: Models, layers: str) -> list[Site]:
@@ -230,6 +233,9 @@ class Sd15(Family):
             path = f"text_encoder.text_model.{path.removeprefix('text_model.')}"
             site = site_of(path, module)
             found += [site] if site else []
+        config: Any = encoder.config
+        each = 4 if layers == "attention" else 6
+        _expect("text encoder", len(found), each * config.num_hidden_layers)
         return found
 
     def predict(
@@ -288,6 +294,33 @@ def _attend(
     query, key, value = layer.to_q(hidden_states), layer.to_k(others), layer.to_v(others)
     projected: Tensor = layer.to_out[0](attention(query, key, value, heads=layer.heads))
     return projected
+
+
+def _unet_layers(config: Any, layers: str, *, convolutions: bool) -> int:
+    """How many layers a UNet's config means; 192 in SD 1.5, 278 with its convolutions."""
+    down, up, mid = config.down_block_types, config.up_block_types, 1
+    deep, channels = int(config.layers_per_block), config.block_out_channels
+    transformers = mid + sum("CrossAttn" in block for block in down) * deep
+    transformers += sum("CrossAttn" in block for block in up) * (deep + 1)
+    count = transformers * (8 if layers == "attention" else 12)
+    if convolutions:
+        blocks = len(channels)
+        residual = blocks * deep + 2 * mid + blocks * (deep + 1)
+        widened = sum(before != after for before, after in pairwise((channels[0], *channels)))
+        shortcuts = widened + blocks * (deep + 1)  # on the way up all are joined with another
+        samplers = 2 * (blocks - 1)
+        count += 3 * residual + shortcuts + samplers
+    return count
+
+
+def _expect(model: str, found: int, wanted: int) -> None:
+    """A library that names its classes anew must not shrink the adapter without a word."""
+    if found != wanted:
+        raise WeightsError(
+            f"the {model} has {found} layers to train, and its config means {wanted}. The "
+            "installed diffusers or transformers builds it otherwise: install the versions that "
+            "raylora's pyproject.toml names."
+        )
 
 
 def _block_index(path: str) -> int | None:

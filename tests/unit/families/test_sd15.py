@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import cache
@@ -139,6 +140,19 @@ def test_all_layers_are_those_of_sd_scripts(network: str, unet: int, text: int):
             options.scale_at(site) * rank,
         ]
         assert found == theirs[kohya_name(site.name)], site.name
+
+
+def test_a_library_that_builds_other_layers_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    family, models = opened(), sd15_components()
+    monkeypatch.setattr("diffusers.models.resnet.ResnetBlock2D", type("Renamed", (), {}))
+    with pytest.raises(WeightsError, match="has 198 layers to train, and its config means 278"):
+        family.sites(models["unet"], "attention_mlp", convolutions=True)
+    assert len(family.sites(models["unet"], "attention")) == 128
+    shallow = copy.copy(models["text_encoder"])
+    shallow.config = copy.copy(shallow.config)
+    shallow.config.num_hidden_layers = 13
+    with pytest.raises(WeightsError, match="has 48 layers to train, and its config means 52"):
+        family.text_sites({"text_encoder": shallow}, "attention")
 
 
 def test_a_layers_block_is_that_of_sd_scripts():
