@@ -102,7 +102,8 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if facts[label]:
             yield label, facts[label]
     for word, found in facts["hashes"].items():
-        yield "hash", f"{word} {found}"
+        if found != _HASH_WORDS[None]:
+            yield "hash", f"{word} {found}"
     norms = facts["norms"]
     yield (
         "ΔW norms",
