@@ -209,7 +209,7 @@ class Job(Options):
 
 def _part_problems(job: Job) -> Iterable[str]:
     """What network, optimizer and the rest do not agree on."""
-    network, optimizer, train = job.network, job.optimizer, job.network.train
+    network, optimizer = job.network, job.optimizer
     if network.initial_ranks and network.initial is None:
         yield "network.initial_ranks takes the ranks of network.initial, which is not given."
     yield from rate_problems(
@@ -218,11 +218,6 @@ def _part_problems(job: Job) -> Iterable[str]:
         trains_denoiser=network.trains_denoiser,
         trains_text=network.trains_text,
     )
-    if optimizer.text_encoder_stop is not None and train == "text_encoder":
-        yield (
-            "optimizer.text_encoder_stop: nothing would be trained after it, since network.train "
-            "is text_encoder. Set training.steps lower, or network.train: both."
-        )
     if optimizer.schedule_free and job.ema.decay is not None:
         yield (
             f"ema.decay: {optimizer.name} keeps an average of its own, and shows that. Leave one "

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from bases import open_tiny, tiny_folder
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from raylora.adapt.keys import kohya_name
+from raylora.adapt.attach import Attachment, fresh_adapter
+from raylora.adapt.keys import kohya_name, layer_at
 from raylora.base.encoder import Encoder
 from raylora.base.errors import WeightsError
 from raylora.base.lookup import plugins
-from raylora.families import Family, FamilyOptions, get_family
+from raylora.families import Family, FamilyOptions, Models, get_family
+from raylora.networks import get_network
 
 KINDS = plugins("raylora.families")
 CPU = torch.device("cpu")
@@ -33,6 +35,11 @@ def opened(kind: str) -> Family:
 @cache
 def denoiser_of(kind: str) -> nn.Module:
     return opened(kind).load_denoiser(dtype=torch.float32, device=CPU)
+
+
+@cache
+def texts_of(kind: str) -> Models:
+    return opened(kind).load_text_encoders(dtype=torch.float32, device=CPU)
 
 
 @cache
@@ -263,3 +270,152 @@ def test_a_renderer_draws_the_size_it_is_given(kind: str):
     assert drawn[0].dtype == np.uint8
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
+
+
+# -- text encoders in training
+
+
+CAPTIONS = ["ink icon, cat", "", "a dog"]
+
+
+def read(family: Family, encoders: Models, captions: list[str]) -> dict[str, Tensor]:
+    tokens = {name: torch.from_numpy(held) for name, held in family.tokens(captions).items()}
+    return family.read_tokens(encoders, tokens)
+
+
+@every_kind
+def test_its_text_encoders_are_frozen_and_named_as_files_name_them(kind: str):
+    encoders = texts_of(kind)
+    assert encoders
+    for component, encoder in encoders.items():
+        assert component.startswith("text_encoder")
+        assert not encoder.training
+        assert not any(weight.requires_grad for weight in encoder.parameters())
+        assert all(weight.dtype == torch.float32 for weight in encoder.parameters())
+
+
+@every_kind
+def test_text_sites_are_layers_of_the_text_encoders(kind: str):
+    family, encoders = opened(kind), texts_of(kind)
+    few, many = (family.text_sites(encoders, layers) for layers in ("attention", "attention_mlp"))
+    assert 0 < len(few) < len(many)
+    assert [site for site in many if site in few] == few
+    for site in many:
+        layer = layer_at(encoders[site.component], site.name)
+        assert isinstance(layer, nn.Linear)
+        assert (layer.in_features, layer.out_features) == (site.inputs, site.outputs)
+    every = [*family.sites(denoiser_of(kind), "attention_mlp", convolutions=True), *many]
+    assert len({kohya_name(site.name) for site in every}) == len(every)
+
+
+@every_kind
+def test_skeletons_have_the_layers_and_no_weights(kind: str):
+    family = opened(kind)
+    denoiser, encoders = family.skeletons()
+    for model in (denoiser, *encoders.values()):
+        assert all(weight.is_meta for weight in model.parameters())
+    assert encoders.keys() == texts_of(kind).keys()
+    for layers in ("attention", "attention_mlp"):
+        assert family.text_sites(encoders, layers) == family.text_sites(texts_of(kind), layers)
+        for convolutions in (False, True):
+            found, expected = (
+                family.sites(model, layers, convolutions=convolutions)
+                for model in (denoiser, denoiser_of(kind))
+            )
+            assert found == expected
+
+
+@every_kind
+def test_tokens_read_one_by_one_or_together_are_the_cached_texts(kind: str):
+    family, encoders = opened(kind), texts_of(kind)
+    cached = encoder_of(kind).encode_texts(CAPTIONS)
+    tokens = family.tokens(CAPTIONS)
+    assert all(len(held) == len(CAPTIONS) for held in tokens.values())
+    for name, held in family.tokens(["cat, " * 300]).items():
+        assert held.shape[1:] == tokens[name].shape[1:], "captions of any length have one shape"
+    with torch.no_grad():
+        together = read(family, encoders, CAPTIONS)
+        alone = [read(family, encoders, [caption]) for caption in CAPTIONS]
+    assert together.keys() == cached.keys()
+    for word, array in cached.items():
+        assert_close(together[word], torch.from_numpy(array), rtol=0, atol=1e-4)
+        joined = torch.cat([one[word] for one in alone])
+        assert_close(joined, together[word], rtol=0, atol=1e-4)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_text_is_read_in_the_encoders_dtype(kind: str, dtype: torch.dtype):
+    family = opened(kind)
+    encoders = family.load_text_encoders(dtype=dtype, device=CPU)
+    with torch.no_grad():
+        found = read(family, encoders, CAPTIONS)
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+
+
+@every_kind
+def test_checkpointed_blocks_keep_less_and_give_the_same_gradients(kind: str):
+    family = opened(kind)
+    found: list[tuple[int, Tensor]] = []
+    for on in (False, True):
+        denoiser = family.load_denoiser(dtype=torch.float32, device=CPU)
+        encoders = family.load_text_encoders(dtype=torch.float32, device=CPU)
+        if on:
+            family.checkpoint_blocks(denoiser, encoders)
+        network = get_network("lora")
+        sites = [*family.sites(denoiser, "attention"), *family.text_sites(encoders, "attention")]
+        adapter = fresh_adapter(
+            network, network.options(rank=2), sites, seed=0, dtype=torch.float32, device=CPU
+        )
+        with torch.no_grad():
+            adapter.values += 0.02 * torch.sin(torch.arange(len(adapter.values)))
+        for component, model in {family.component: denoiser, **encoders}.items():
+            Attachment(model, component, adapter)
+        side = family.size_step // family.pixels_per_latent
+        noisy = torch.linspace(-1, 1, family.latent_channels * side * side)
+        noisy = noisy.view(1, family.latent_channels, side, side)
+        held: list[int] = []
+
+        def keep(tensor: Tensor, held: list[int] = held) -> Tensor:
+            held.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            conditions = read(family, encoders, ["a cat"])
+            texts = sum(held)
+            family.predict(
+                denoiser, noisy, torch.tensor([500]), conditions
+            ).square().sum().backward()
+        found.append((texts, adapter.gradients.clone()))
+        found.append((sum(held) - texts, adapter.gradients))
+    assert found[2][0] < found[0][0] / 2, "of the text encoders"
+    assert found[3][0] < found[1][0] / 2, "of the denoiser"
+    assert found[0][1].any()
+    assert torch.equal(found[0][1], found[2][1])
+
+
+@pytest.mark.slow
+@every_kind
+def test_a_renderer_reads_prompts_with_the_text_encoders_it_is_given(kind: str):
+    family, denoiser = opened(kind), denoiser_of(kind)
+    side = 2 * family.size_step // family.pixels_per_latent
+    latents = torch.linspace(-2, 2, family.latent_channels * side * side)
+    latents = latents.view(1, family.latent_channels, side, side)
+    encoders = family.load_text_encoders(dtype=torch.float32, device=CPU)
+    given, own = family.load_renderer(denoiser, encoders), family.load_renderer(denoiser)
+
+    def drawn() -> list[np.ndarray]:
+        return [
+            one.render("a cat", negative="", latents=latents, steps=2, guidance=3.0)
+            for one in (given, own)
+        ]
+
+    before = drawn()
+    assert np.array_equal(*before)
+    with torch.no_grad():
+        for encoder in encoders.values():
+            for weight in encoder.parameters():
+                weight *= 1.2
+    after = drawn()
+    assert np.array_equal(after[1], before[1])
+    assert not np.array_equal(after[0], before[0])

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from raylora.adapt.attach import Adapter, Attachment, fresh_adapter
-from raylora.adapt.keys import kohya_name
+from raylora.adapt.dropout import Dropout
+from raylora.adapt.keys import Naming, kohya_name
 from raylora.adapt.lora_file import AdapterModule, adapter_bytes, read_adapter
 from raylora.base.lookup import plugins
 from raylora.base.site import Site
 from raylora.families import Family
-from raylora.networks import Network, NetworkOptions, get_network
+from raylora.networks import Gate, Network, NetworkOptions, get_network
 from raylora.serving.library import adapter_on
 
 KINDS = plugins("raylora.networks")
@@ -79,10 +80,12 @@ def moved(adapter: Adapter, size: float = 0.3) -> Adapter:
     return adapter
 
 
-def site_forward(adapter: Adapter, site: Site, x: Tensor, base: Tensor) -> Tensor:
+def site_forward(
+    adapter: Adapter, site: Site, x: Tensor, base: Tensor, gate: Gate | None = None
+) -> Tensor:
     network: Network = adapter.network
     held = adapter.parameters[site.name]
-    return network.forward(held, x, base, adapter.scales[site.name], site, None)
+    return network.forward(held, x, base, adapter.scales[site.name], site, gate)
 
 
 def site_input(site: Site, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -136,6 +139,9 @@ def test_the_base_comes_back(kind: str):
     assert all(map(torch.equal, model(*inputs()), before))
     adapter.strength = 1.0
     assert all(map(torch.equal, model(*inputs()), changed))
+    with adapter.off():
+        assert all(map(torch.equal, model(*inputs()), before))
+    assert all(map(torch.equal, model(*inputs()), changed))
     attachment.adapter = None
     assert all(map(torch.equal, model(*inputs()), before))
     attachment.adapter = adapter
@@ -168,6 +174,107 @@ def test_its_gradients_are_those_of_finite_differences(kind: str, site: Site):
         return adapter.network.forward(held, x, base, 0.7, site, None)
 
     assert torch.autograd.gradcheck(adapted, (x, base, *leaves))
+
+
+def rank_axis(site: Site) -> int:
+    return 1 if site.kind == "conv" else -1
+
+
+@every_kind
+@every_site
+def test_a_gate_gets_the_ranks_and_what_it_leaves_out_is_not_added(kind: str, site: Site):
+    adapter = moved(adapter_for(kind))
+    x, base = site_input(site)
+    rank = options_for(kind).rank_at(site)
+    whole = site_forward(adapter, site, x, base)
+    shapes: list[tuple[int, ...]] = []
+
+    def only(place: int) -> Gate:
+        def gate(hidden: Tensor) -> Tensor:
+            shapes.append(tuple(hidden.shape))
+            kept = torch.zeros(hidden.shape[rank_axis(site)], dtype=hidden.dtype)
+            kept[place] = 2.0
+            return hidden * (kept[:, None, None] if site.kind == "conv" else kept)
+
+        return gate
+
+    parts = [site_forward(adapter, site, x, base, only(place)) - base for place in range(rank)]
+    assert {shape[rank_axis(site)] for shape in shapes} == {rank}
+    assert {shape[0] for shape in shapes} == {len(x)}
+    assert all(part.abs().max() > 0.01 for part in parts)
+    # Each rank alone, doubled: together they are twice what all of them add.
+    assert_close(sum(parts), 2 * (whole - base), rtol=0, atol=1e-12)
+    assert_close(site_forward(adapter, site, x, base, lambda h: h), whole, rtol=0, atol=1e-12)
+    assert torch.equal(site_forward(adapter, site, x, base, lambda h: h * 0), base)
+
+
+@every_kind
+@every_site
+def test_its_gradients_behind_a_gate_are_those_of_finite_differences(kind: str, site: Site):
+    adapter = moved(adapter_for(kind))
+    words = list(adapter.parameters[site.name])
+    leaves = [adapter.parameters[site.name][word].detach().requires_grad_() for word in words]
+    x, base = (tensor.requires_grad_() for tensor in site_input(site))
+
+    def adapted(x: Tensor, base: Tensor, *leaves: Tensor) -> Tensor:
+        held = dict(zip(words, leaves, strict=True))
+        return adapter.network.forward(held, x, base, 0.7, site, masked)
+
+    def masked(hidden: Tensor) -> Tensor:
+        drawn = normal(13, *hidden.shape)
+        return hidden * ((drawn > 0) / 0.5)
+
+    assert torch.autograd.gradcheck(adapted, (x, base, *leaves))
+
+
+@every_kind
+@every_site
+def test_the_adapter_has_the_width_and_the_strength_of_its_options_at_a_layer(
+    kind: str, site: Site
+):
+    class Own(get_network(kind).options):  # type: ignore[misc]
+        def rank_at(self, site: Site) -> int:
+            return 3 if site.kind == "linear" else 5
+
+        def scale_at(self, site: Site) -> float:
+            return 0.5 if site.kind == "linear" else 0.25
+
+    rank, scale = (3, 0.5) if site.kind == "linear" else (5, 0.25)
+    network = get_network(kind)
+    adapter = fresh_adapter(
+        network, Own(rank=2, alpha=3.0), [site], seed=0, dtype=torch.float64, device=CPU
+    )
+    assert adapter.scales == {site.name: scale}
+    moved(adapter)
+    x, base = site_input(site)
+    widths: list[int] = []
+
+    def look(hidden: Tensor) -> Tensor:
+        widths.append(hidden.shape[rank_axis(site)])
+        return hidden
+
+    once = site_forward(adapter, site, x, base, look) - base
+    assert widths == [rank]
+    adapter.scales[site.name] *= 2
+    assert_close(site_forward(adapter, site, x, base) - base, 2 * once, rtol=0, atol=1e-12)
+    (tensors,) = adapter.modules().values()
+    assert float(tensors["alpha"]) == 2 * scale * rank
+
+
+@every_kind
+@every_site
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dropout_keeps_16_bit_activations(kind: str, site: Site, dtype: torch.dtype):
+    adapter = moved(adapter_for(kind, torch.float32))
+    adapter.dropout = Dropout(get_network(kind).options(rank_dropout=0.3, dropout=0.3), seed=0)
+    x, base = site_input(site, dtype)
+    with adapter.dropping(0, [1, 2]):
+        gate = adapter.dropout.gate(site)
+        adapted = site_forward(adapter, site, x.requires_grad_(), base, gate)
+    assert (adapted.dtype, adapted.shape) == (dtype, base.shape)
+    adapted.sum().backward()
+    assert adapter.gradients.any()
+    assert torch.isfinite(adapter.gradients).all()
 
 
 @every_kind
@@ -212,14 +319,16 @@ def test_16_bit_activations_stay_so_and_finite(kind: str, site: Site, dtype: tor
 
 
 @every_kind
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_file_holds_the_same_change_of_weight(kind: str, dtype: torch.dtype):
+def test_the_file_holds_the_same_change_of_weight(kind: str, dtype: torch.dtype, naming: Naming):
     sites = [replace(site, name=f"unet.{site.name}") for site in SITES]
     adapter = moved(adapter_for(kind, dtype, sites=sites))
     exported = adapter.modules()
     modules = [AdapterModule(name, tensors) for name, tensors in exported.items()]
-    file = adapter_bytes(modules, {}, dtype=torch.float32)
+    file = adapter_bytes(modules, {}, dtype=torch.float32, naming=naming)
     read = read_adapter(file)
+    assert read.naming == naming
     loaded = adapter_on(sites, file, dtype=torch.float64, device=CPU)
     assert len(read.modules) == len(sites)
     for site in sites:

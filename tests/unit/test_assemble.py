@@ -15,6 +15,7 @@ from raylora.data.dataset import WorkItem
 from raylora.data.rows import Rows, rows_of
 from raylora.data.steps import StepPlan
 from raylora.job import Job
+from raylora.training.course import Course
 from raylora.training.reduce import Alone
 
 
@@ -151,3 +152,58 @@ def test_on_a_cpu_pictures_are_encoded_one_by_one_unless_asked(
     given = job(tmp_path, cache, memory__encode_batch=asked)
     item = WorkItem("latents", bucket=(64, 64))
     assert image_batch(given, item, torch.device("cpu")) == batch
+
+
+def test_the_course_follows_the_job(tmp_path: Path, cache: str):
+    holdout = str(ROOT / "jobs/quickstart/demo-data/holdout")
+    run = open_run(
+        job(
+            tmp_path,
+            cache,
+            training__save_every_epochs=2,
+            training__keep_best=True,
+            validation__folder=holdout,
+            validation__every_steps=None,
+            validation__every_epochs=3,
+            validation__training_images=5,
+            validation__patience=4,
+            validation__min_delta=0.125,
+            preview__every_epochs=1,
+            preview__every_steps=None,
+            preview__at_start=False,
+            fleet__refit_every_steps=7,
+            fleet__checksum_every_steps=9,
+        )
+    )
+    epoch = 6  # 24 images, 4 a step
+    assert run.course == Course(
+        total_steps=6,
+        save_every=2 * epoch,
+        validate_every=3 * epoch,
+        preview_every=epoch,
+        preview_first=False,
+        refit_every=7,
+        checksum_every=9,
+        keep_best=True,
+        patience=4,
+        min_delta=0.125,
+    )
+    assert run.validation is not None
+    told = run.validation.measure(run.parts)
+    assert "training" in told, "images that are trained on are measured too"
+    run.close()
+
+
+def test_an_optimizer_that_finds_its_own_rate_is_left_alone(tmp_path: Path, cache: str):
+    own, given = {"name": "adafactor"}, {"name": "adafactor", "args": {"relative_step": False}}
+    for optimizer, alone in ((own, True), (given, False)):
+        run = open_run(
+            job(
+                tmp_path,
+                cache,
+                optimizer=optimizer,
+                schedule={"name": "adafactor" if alone else "constant"},
+            )
+        )
+        assert (run.parts.mover.rates is None) == alone
+        run.close()

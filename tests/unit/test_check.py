@@ -108,3 +108,54 @@ def test_a_step_larger_than_the_data_set_is_warned_of(tmp_path: Path):
 def test_fp16_on_a_cpu_is_warned_about(tmp_path: Path):
     (warning,) = check_job(job(tmp_path, training__precision="fp16")).warnings
     assert "a CPU computes it slowly" in warning
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [
+        (
+            {"noise": {"zero_terminal_snr": True, "prediction": "epsilon"}},
+            "noise.zero_terminal_snr: the last timestep would be pure noise",
+        ),
+        ({"loss__v_pred_like": 1.0}, "loss.v_pred_like is 1, which is for models that predict eps"),
+        (
+            {"noise__prediction": "epsilon", "loss__scale_v_pred_like_noise": True},
+            "loss.scale_v_pred_like_noise is for models that predict v",
+        ),
+        (
+            {"noise__zero_terminal_snr": True, "preview__prompts": ["a --ss heun"]},
+            "preview.sampler: heun",
+        ),
+        ({"log__wandb": {}}, "log.wandb"),
+        ({"training__min_timestep": 1000}, "training.min_timestep 1000 and max_timestep 1000"),
+        ({"training__max_timestep": 1001}, "training.min_timestep 0 and max_timestep 1001"),
+        ({"validation__timesteps": [1000]}, "validation.timesteps [1000]: the base has"),
+    ],
+    ids=str,
+)
+def test_what_this_base_cannot_take_is_told_before_anything_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], start: str
+):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if "validation__timesteps" in given:
+        given = {**given, "validation__folder": HOLDOUT}
+    (found,) = problems(job(tmp_path, **given))
+    assert found.startswith(start)
+
+
+def test_an_optimizer_for_gpus_is_refused_where_there_is_none(tmp_path: Path):
+    (found,) = problems(job(tmp_path, optimizer={"name": "paged_adamw8bit"}, fleet__cpus_only=True))
+    assert "paged_adamw8bit" in found
+
+
+def test_what_is_seldom_meant_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    given = job(
+        tmp_path,
+        optimizer={"name": "prodigy", "learning_rate": 1e-4},
+        training__precision="bf16",
+        fleet__cpus_only=True,
+    )
+    rate, slow = check_job(given).warnings
+    assert "prodigy multiplies it with the rate that it estimates; 1 is usual" in rate
+    assert "bf16 on this CPU (AVX2)" in slow

@@ -275,3 +275,39 @@ def test_regularisation_images_alone_are_refused_when_the_job_is_read():
     reg = {"folder": "r", "is_reg": True, "group": 1}
     with pytest.raises(JobError, match="of group 1 have no other images to keep the balance"):
         job_from(tree_with({"data": {"sets": [{"folder": "a"}, reg]}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"network.initial_ranks": True}, "takes the ranks of network.initial, which is not given"),
+        (
+            {"network.train": "text_encoder", "optimizer.text_encoder_stop": 0.5},
+            "nothing but the text encoder is trained",
+        ),
+        (
+            {"optimizer": {"name": "adamw_schedule_free"}, "ema.decay": 0.9},
+            "ema.decay: adamw_schedule_free keeps an average of its own",
+        ),
+        (
+            {"optimizer": {"name": "adamw_schedule_free"}, "network.max_norm": 1.0},
+            "which a cap would not reach",
+        ),
+        ({"optimizer.text_encoder_rate": 1e-5}, "leaves the text_encoder out"),
+        ({"network.train": "text_encoder", "optimizer.denoiser_rate": 1e-5}, "denoiser out"),
+    ],
+    ids=str,
+)
+def test_parts_that_do_not_go_together_are_refused(changes: dict[str, Any], sentence: str):
+    constant = {"schedule": {"name": "constant"}} if "optimizer" in changes else {}
+    (found,) = problems_with({**constant, **changes})
+    assert sentence in found
+
+
+@pytest.mark.parametrize("train", ["text_encoder", "both"])
+def test_captions_are_not_cached_where_their_encoder_is_trained(train: str):
+    assert job_from(tree_with({})).data.cache_text
+    for given in ({}, {"data.cache_text": True}):
+        job = job_from(tree_with({"network.train": train, **given}))
+        assert not job.data.cache_text
+        assert job_from(job.plain()) == job

@@ -236,3 +236,23 @@ def test_the_spaces_in_the_tree_are_good(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(ROOT)
     for file in sorted((ROOT / "tune_spaces").glob("*.yaml")):
         assert load_campaign(file).trials, json.dumps(file.name)
+
+
+def test_what_makes_trials_unlike_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobError) as caught:
+        campaign_of(tmp_path, every_trial={"validation.patience": 3, "training.seed": None})
+    first, second = caught.value.problems
+    assert first.startswith("validation.patience ends a run by its own measurements")
+    assert second.startswith("training.seed is null")
+
+
+def test_measurements_in_epochs_have_their_checkpoints_too(tmp_path: Path) -> None:
+    given = {
+        "validation.every_steps": None,
+        "validation.every_epochs": 3,
+        "training.save_every_steps": 7,
+        "training.keep_last": 5,
+    }
+    training = campaign_of(tmp_path, every_trial=given).trials[0].job.training
+    assert (training.save_every_steps, training.save_every_epochs) == (None, 3)
+    assert training.keep_last == 5

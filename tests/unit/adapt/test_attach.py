@@ -158,6 +158,7 @@ def test_off_is_the_base_and_ends_with_an_error_too(x: Tensor):
     model = Toy()
     model.load_state_dict((plain := Toy()).state_dict())
     Attachment(model, "toy", made)
+    made.strength = 0.5
     changed = model(x)
     try:
         with made.off():
@@ -165,4 +166,21 @@ def test_off_is_the_base_and_ends_with_an_error_too(x: Tensor):
             raise KeyError
     except KeyError:
         pass
+    assert made.strength == 0.5
     assert torch.equal(model(x), changed)
+
+
+def test_an_attachment_takes_the_layers_of_its_model_alone(x: Tensor):
+    other = [Site("encoder.first", "linear", 4, 3), Site("encoder.inner.second", "linear", 3, 2)]
+    made = adapter(sites=[*SITES, *other])
+    first, second = Toy(), Toy()
+    before = second(x)
+    Attachment(first, "toy", made)
+    Attachment(second, "encoder", made)
+    with torch.no_grad():
+        for site in other:
+            made.parameters[site.name]["up"].zero_()
+    assert torch.equal(second(x), before)
+    first(x).sum().backward()
+    assert made.parameters["toy.first"]["up"].grad.any()  # type: ignore[union-attr]
+    assert not made.parameters["encoder.first"]["up"].grad.any()  # type: ignore[union-attr]

@@ -168,3 +168,32 @@ def test_after_the_first_batch_the_masks_of_all_layers_are_made_at_once(
         held = [gate(torch.ones(2, 4, 8)) for gate in gates if gate is not None]
         assert all(torch.equal(a, b) for a, b in zip(held[:5], held[5:], strict=True))
     assert len(made) == 5 + 1 + 1
+
+
+def agreement(first: Tensor, second: Tensor) -> float:
+    """Of two masks of one half; unrelated ones agree in half of their places."""
+    return float(((first > 0) == (second > 0)).double().mean())
+
+
+def test_each_layer_leaves_out_other_ranks():
+    dropped = dropout(rank_dropout=0.5)
+    other = Site("unet.other", "linear", 6, 5)
+    first, second = (kept(dropped, site, (1, 64), SAMPLES) for site in (LINEAR, other))
+    assert 0.45 < agreement(first, second) < 0.55  # 2,560 places
+
+
+def test_the_three_kinds_leave_out_independently_of_each_other():
+    sites = [Site(f"unet.{i}", "linear", 6, 5) for i in range(60)]
+    kinds = ("dropout", "rank_dropout", "module_dropout")
+    found = {
+        kind: torch.cat([kept(dropout(**{kind: 0.5}), site, (1, 1), SAMPLES) for site in sites])
+        for kind in kinds
+    }
+    for first, second in (kinds[:2], kinds[1:], kinds[::2]):
+        assert 0.45 < agreement(found[first], found[second]) < 0.55, (first, second)
+    together = torch.cat(
+        [kept(dropout(**dict.fromkeys(kinds, 0.5)), site, (1, 1), SAMPLES) for site in sites]
+    )
+    expected = found["dropout"] * found["rank_dropout"] * found["module_dropout"]
+    assert torch.equal(together, expected)
+    assert set(together.unique().tolist()) == {0.0, 4.0}

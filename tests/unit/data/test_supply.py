@@ -301,3 +301,30 @@ def test_two_threads_may_fetch_at_once(tmp_path: Path, cache_url: str):
             assert {name: value[1] for name, value in one.items()} == {
                 name: array.tobytes() for name, array in other.items()
             }
+
+
+def test_held_out_captions_of_a_trained_encoder_are_whole_and_pictures_have_masks(
+    tmp_path: Path, cache_url: str
+):
+    folder = tagged(fill_folder(tmp_path / "images", 8), 8)
+    data = small_options(
+        folder, validation_split=0.25, cache_text=False, shuffle_caption=True,
+        caption_dropout_rate=0.9,
+    )  # fmt: skip
+    dataset = build(data, cache_url, NumpyEncoder())
+    held_out = dataset.held_out
+    assert held_out is not None
+    asked: list[str] = []
+
+    def tokens(captions: Any) -> dict[str, NDArray[Any]]:
+        asked.extend(captions)
+        return {"ids": np.arange(3 * len(captions)).reshape(-1, 3)}
+
+    found = measured_tensors(held_out, held_out.rows, tokens)
+    assert asked == [row.caption for row in held_out.rows]
+    assert [one["ids"].tolist() for one in found] == [[0, 1, 2], [3, 4, 5]]
+    for one, cached in zip(found, measured_tensors(held_out, held_out.rows), strict=True):
+        assert one.keys() == {"ids", "latents", "mask", "weight"}
+        assert np.array_equal(one["latents"], cached["latents"])
+        assert one["mask"].shape == (1, *one["latents"].shape[-2:])
+        assert one["mask"].min() == one["weight"] == 1.0

@@ -209,6 +209,25 @@ def test_another_vae_names_other_latents_and_the_same_texts(tmp_path: Path):
     pixels = np.zeros((1, 3, 32, 32), np.float32)
     found = [one.load_encoder(device=CPU).encode_images(pixels) for one in (plain, changed)]
     assert not np.array_equal(found[0]["latents"], found[1]["latents"])
+    change(other / "config.json", force_upcast="as it may be")
+    renamed = opened(vae=str(other)).encoder_facts()[0]
+    assert renamed != other_latents, "its config is its own"
+    change(other / "config.json", scaling_factor=2 * other_latents["scaling"])
+    scaled = opened(vae=str(other))
+    assert scaled.encoder_facts()[0]["scaling"] == 2 * other_latents["scaling"]
+    latents_again = scaled.load_encoder(device=CPU).encode_images(pixels)["latents"]
+    assert_close(latents_again, 2 * found[1]["latents"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("layers", "rule"), [("attention_mlp", ""), ("attention", "_attn")])
+def test_the_text_encoders_layers_are_those_of_sd_scripts(layers: str, rule: str):
+    sites = opened().text_sites(sd15_components(), layers)
+    theirs = {
+        name
+        for name in next(iter(SD15_MODULES.values()))
+        if name.startswith("lora_te_") and rule in name
+    }
+    assert {kohya_name(site.name) for site in sites} == theirs
 
 
 @pytest.mark.parametrize(("layers", "rule"), [("attention_mlp", ""), ("attention", "_attn")])

@@ -163,3 +163,14 @@ def test_dropout_is_the_same_in_any_micro_batch(make_job: MakeJob):
     assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
     assert_close(values[0], values[1], rtol=0, atol=1e-10)
     assert not torch.allclose(losses[0], without)
+
+
+def test_what_no_smaller_scale_mends_is_not_skipped_unless_that_is_asked_for(make_job: MakeJob):
+    run = open_run(make_job(training__precision="fp16", training__images_per_step=1))
+    run.parts.loss_scale.factor = 2.0
+    spoil(run, float("nan"), {0, 1})
+    result = train_step(run.parts, 1)
+    assert run.parts.loss_scale.factor == 1.0
+    assert not result.skipped, "the run is to stop, and says why"
+    assert result.gradient_norm.isnan()
+    run.close()

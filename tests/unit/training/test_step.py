@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,4 +224,77 @@ def test_losses_at_given_noise_are_those_of_the_formula(make_job: MakeJob):
         prediction = parts.denoiser(noisy, timesteps, batch["text"]).sample
         found = losses_at(parts, batch, noise, timesteps)
     assert_close(found, (prediction - wanted).square().mean((1, 2, 3)), rtol=1e-5, atol=1e-7)
+    run.close()
+
+
+@pytest.mark.slow
+def test_the_average_takes_in_each_steps_values_as_the_cap_left_them(make_job: MakeJob):
+    run = open_run(
+        make_job(
+            training__precision="fp64",
+            training__images_per_step=1,
+            schedule__warmup_steps=0,
+            network__max_norm=0.01,
+            ema__decay=0.2,
+        )
+    )
+    parts = run.parts
+    assert parts.ema is not None
+    average = parts.adapter.values.detach().clone()
+    for step in range(3):
+        result = train_step(parts, step)
+        assert int(result.extra["capped_layers"]) > 0
+        kept = min(0.2, (2 + step) / (11 + step))
+        average = kept * average + (1 - kept) * parts.adapter.values.detach()
+        assert_close(parts.ema.average, average, rtol=0, atol=1e-15)
+    run.close()
+
+
+def test_what_is_left_out_is_that_of_the_step_and_of_each_sample_in_its_place(make_job: MakeJob):
+    run = open_run(make_job(network__rank_dropout=0.2, memory__max_micro_batch=3))
+    parts = run.parts
+    assert parts.adapter.dropout is not None
+    begin, asked = parts.adapter.dropout.begin, []
+
+    def note(step: int, samples: Any) -> None:
+        asked.append((step, list(samples)))
+        begin(step, samples)
+
+    parts.adapter.dropout.begin = note  # type: ignore[method-assign]
+    drawn, noise = parts.noise.draw, []
+
+    def draw(latents: Tensor, **words: Any) -> Any:
+        noise.append((words["step"], list(words["samples"])))
+        return drawn(latents, **words)
+
+    parts.noise = SimpleNamespace(draw=draw)  # type: ignore[assignment]
+    for step in (3, 4):
+        train_step(parts, step)
+    assert asked == noise
+    assert {step for step, _ in asked} == {3, 4}
+    samples = [sample.number for step in (3, 4) for sample in parts.loader.take(step)[0]]
+    assert sorted(number for _, numbers in asked for number in numbers) == sorted(samples)
+    run.close()
+
+
+def test_measuring_builds_no_graph_through_a_text_encoder_in_training(make_job: MakeJob):
+    run = open_run(make_job(network__train="both", training__images_per_step=1))
+    parts = run.parts
+    _, tensors, _ = parts.loader.take(0)
+    batch = {word: torch.from_numpy(array.copy())[None] for word, array in tensors[0].items()}
+    read, graph = parts.read_text, []
+
+    def look(captions: Any) -> Any:
+        found = read(captions)
+        graph.extend(tensor.requires_grad for tensor in found.values())
+        return found
+
+    parts.read_text = look
+    given = (parts, batch, torch.ones_like(batch["latents"]), torch.tensor([300]))
+    with torch.no_grad():
+        losses_at(*given)
+    assert graph == [False]
+    losses_at(*given)
+    losses_at(*given, text_learns=False)
+    assert graph == [False, True, False]
     run.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -86,15 +87,26 @@ def test_gradients_of_the_text_encoder_are_those_of_finite_differences(make_job:
     run.close()
 
 
-def test_after_its_stop_the_text_encoder_stays_and_the_denoiser_goes_on(make_job: MakeJob):
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"weight_decay": 0.5},
+        # At a rate of 0 it would go on averaging.
+        pytest.param({"name": "adamw_schedule_free"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_after_its_stop_the_text_encoder_stays_and_the_denoiser_goes_on(
+    make_job: MakeJob, optimizer: dict[str, Any]
+):
     run = open_run(
         make_job(
             network__train="both",
             training__steps=4,
             training__images_per_step=1,
+            schedule__name="constant",
             schedule__warmup_steps=0,
-            optimizer__text_encoder_stop=0.5,
-            optimizer__weight_decay=0.5,
+            optimizer={**optimizer, "text_encoder_stop": 0.5},
         )
     )
     assert moved(run, lambda: train_step(run.parts, 1)) == {"unet", "text_encoder"}

@@ -1,0 +1,67 @@
+"""A trial's proof, without a cluster: compared is what people get, whatever was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import ROOT, final_state, small_job, train_small
+from torch.testing import assert_close
+
+from raylora.adapt.deltas import delta
+from raylora.adapt.keys import kohya_name
+from raylora.adapt.lora_file import read_adapter
+from raylora.adapt.trained import low_ranks
+from raylora.campaign import Trial
+from raylora.models import load_adapted, open_family
+from raylora.on_ray.trial import _shown_at
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "shows_what_is_trained"),
+    [
+        ({}, True),
+        ({"ema__decay": 0.9}, False),
+        ({"optimizer": {"name": "adamw_schedule_free"}}, False),
+        ({"optimizer": {"name": "adafactor"}, "schedule": {"name": "adafactor"}}, True),
+        ({"optimizer": {"lora_plus_ratio": 4, "text_encoder_rate": 1e-3}}, True),
+    ],
+    ids=str,
+)
+def test_what_is_proven_is_what_the_file_holds(
+    tmp_path: Path, cache: str, given: dict[str, Any], shows_what_is_trained: bool
+) -> None:
+    job = small_job(
+        str(tmp_path),
+        **{
+            "data__folder": str(ROOT / "jobs/quickstart/demo-data/holdout"),
+            "data__cache": cache,
+            "network__train": "both",
+            "network__rank": 4,
+            "export__dtype": "float32",
+            "schedule__name": "constant",
+            "schedule__warmup_steps": 0,
+            "training__images_per_step": 1,
+            "training__steps": 3,
+            **given,
+        },
+    )
+    train_small(job)
+    trial = Trial(0, {}, job)
+    shown = _shown_at(trial, 3)
+    file = read_adapter(trial.storage.read("checkpoints/000003/adapter.safetensors"))
+    assert {kohya_name(site) for site in shown} == file.modules.keys()
+    for site, held in shown.items():
+        assert_close(delta(*held), file.delta(kohya_name(site)), rtol=1e-6, atol=1e-9)
+    adapter = load_adapted(job, open_family(job), torch.device("cpu")).adapter
+    adapter.values.data.copy_(final_state(job)["values"])
+    alike = all(torch.equal(held[1], shown[site][1]) for site, held in low_ranks(adapter).items())
+    assert alike == shows_what_is_trained
