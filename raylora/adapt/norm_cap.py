@@ -17,22 +17,24 @@ class NormCap:
 
     def __init__(self, adapter: Adapter, most: float) -> None:
         self._most = most
-        self._layers = [
-            (adapter.parameters[site.name]["down"], adapter.parameters[site.name]["up"])
-            for site in adapter.sites
-        ]
-        device, dtype = adapter.values.device, adapter.values.dtype
-        self._scales = torch.tensor(
-            [adapter.scales[site.name] for site in adapter.sites], dtype=dtype, device=device
-        )
+        alike: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor, float]]] = {}
+        for site in adapter.sites:
+            down, up = (adapter.parameters[site.name][word].detach() for word in ("down", "up"))
+            layer = (down, up, adapter.scales[site.name])
+            alike.setdefault((down.shape, up.shape), []).append(layer)
+        # Those of one shape are measured together: a GPU is slow to be told of each by itself.
+        self._alike = [list(zip(*layers, strict=True))[:2] for layers in alike.values()]
+        scales = [scale for layers in alike.values() for *_, scale in layers]
+        self._scales = torch.tensor(scales).to(adapter.values).abs()
 
     @torch.no_grad()
     def apply(self) -> dict[str, Tensor]:
         """Cap every layer; how many were capped, and the norms' mean and largest afterwards."""
-        norms = self._scales.abs() * torch.stack([_norm(down, up) for down, up in self._layers])
-        norms = norms.clamp(min=self._most / 2)
-        factors = (self._most / norms).clamp(max=1.0)
-        for (down, up), factor in zip(self._layers, factors.sqrt(), strict=True):
+        found = [_norms(torch.stack(downs), torch.stack(ups)) for downs, ups in self._alike]
+        norms = self._scales * torch.cat(found)
+        factors = self._most / norms.clamp(min=self._most)
+        layers = [layer for downs, ups in self._alike for layer in zip(downs, ups, strict=True)]
+        for (down, up), factor in zip(layers, factors.sqrt().unbind(), strict=True):
             down *= factor
             up *= factor
         capped = norms * factors
@@ -43,8 +45,8 @@ class NormCap:
         }
 
 
-def _norm(down: Tensor, up: Tensor) -> Tensor:
-    """‖up down‖ from the two R x R products, without forming it."""
-    rows_RN, columns_OR = down.flatten(1), up.flatten(1)
-    gram = (columns_OR.T @ columns_OR) * (rows_RN @ rows_RN.T)
-    return gram.sum().clamp(min=0).sqrt()
+def _norms(downs: Tensor, ups: Tensor) -> Tensor:
+    """‖up down‖ of each layer, (L,), from the two R x R products, without forming it."""
+    rows_LRN, columns_LOR = downs.flatten(2), ups.flatten(2)
+    gram_LRR = (columns_LOR.mT @ columns_LOR) * (rows_LRN @ rows_LRN.mT)
+    return gram_LRR.sum((1, 2)).clamp(min=0).sqrt()
