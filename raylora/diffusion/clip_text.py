@@ -139,7 +139,7 @@ def encode_chunks(encoder: Any, chunks: Chunks, *, clip_skip: int) -> Tensor:
         (B, 75 N + 2, D) in the encoder's dtype: the first chunk's first token, the middles of all
         chunks, the last chunk's last token.
     """
-    ids_BNT = chunks.ids_BNT.to(encoder.device)
+    ids_BNT = chunks.ids_BNT.to(encoder.device, non_blocking=True)
     flat = ids_BNT.flatten(0, 1)
     if clip_skip == 1:
         hidden = encoder(flat).last_hidden_state
@@ -148,7 +148,7 @@ def encode_chunks(encoder: Any, chunks: Chunks, *, clip_skip: int) -> Tensor:
         # Models with a projection hold the text model within; the plain ones are it.
         hidden = getattr(encoder, "text_model", encoder).final_layer_norm(states[-clip_skip])
     hidden_BNTD: Tensor = hidden.unflatten(0, ids_BNT.shape[:2])
-    weights_BNT = chunks.weights_BNT.to(encoder.device)
+    weights_BNT = chunks.weights_BNT.to(encoder.device, non_blocking=True)
     weighted_BNTD = (hidden_BNTD * weights_BNT[..., None]).to(hidden_BNTD.dtype)
     middles = weighted_BNTD[:, :, 1:-1].flatten(1, 2)
     return torch.cat([weighted_BNTD[:, 0, :1], middles, weighted_BNTD[:, -1, -1:]], dim=1)
