@@ -23,7 +23,7 @@ from raylora.training.report import Reporter
 from raylora.training.sample import Previews
 from raylora.training.save import Saver
 from raylora.training.shares import split
-from raylora.training.state import held_state, restore_state
+from raylora.training.state import copy_state_from_first, restore_state
 from raylora.training.step import StepResult, train_step
 from raylora.training.validate import Validation
 
@@ -110,7 +110,8 @@ def _resume(run: Run, judge: Judge) -> tuple[int, bool]:
     if run.reporter:
         run.reporter.begin(done, steps_per_epoch=run.parts.loader.plan.steps_per_epoch)
     if state is None:
-        run.parts.group.copy_from_first(run.parts.adapter.values.data)
+        if run.parts.group.size > 1:
+            copy_state_from_first(run.parts)
         return 0, False
     for word, fingerprint in run.content.items():
         if state.facts[word] != fingerprint:
@@ -196,8 +197,7 @@ def _keep_fleet(run: Run, done: int, result: StepResult) -> None:
     if is_due(done, course.checksum_every):
         sums = {row[0] for row in parts.group.gather([_checksum(parts)])}
         if len(sums) > 1:
-            for tensor in held_state(parts)[0].values():
-                parts.group.copy_from_first(tensor)
+            copy_state_from_first(parts)
             if run.reporter:
                 run.reporter.event("drift mended", step=done)
 

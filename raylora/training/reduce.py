@@ -73,7 +73,8 @@ class Distributed:
 
     def copy_from_first(self, tensor: Tensor) -> None:
         """One broadcast."""
-        held = tensor.cpu() if self._on_host else tensor
+        # Some state stays on the host, as steps that are counted, and nccl takes none from there.
+        held = tensor.to("cpu" if self._on_host else "cuda")
         torch.distributed.broadcast(held, src=0)
         if held is not tensor:
             tensor.copy_(held)
