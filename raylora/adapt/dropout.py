@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from raylora.base.seeds import draw_generator
@@ -36,16 +35,22 @@ class Dropout:
     def __init__(self, options: NetworkOptions, *, seed: int) -> None:
         self._options = options
         self._seed = seed
-        self._words: NDArray[np.int64] | None = None
+        self._words: Tensor | None = None
+        self._layers: dict[str, int] = {}
+        self._ranks = 0
+        self._small: Tensor | None = None
+        self._keys: Tensor | None = None
 
     def begin(self, step: int, samples: Sequence[int]) -> None:
         """From here on the batch is these samples, in this order, at this step."""
-        self._words = np.stack(
+        words = np.stack(
             [
                 draw_generator(self._seed, step, number, "dropout").bit_generator.random_raw(_WORDS)
                 for number in samples
             ]
-        ).astype(np.uint64).view(np.int64) & np.int64(_LOW)
+        )
+        self._words = torch.from_numpy(words.astype(np.uint64).view(np.int64) & np.int64(_LOW))
+        self._small = self._keys = None
 
     def end(self) -> None:
         """Nothing is left out: for measuring and for previews."""
@@ -63,33 +68,60 @@ class Dropout:
 
         return gate
 
-    def _kept(self, site: Site, words: NDArray[np.int64], hidden: Tensor) -> Tensor:
+    def _kept(self, site: Site, words_BW: Tensor, hidden: Tensor) -> Tensor:
         """What `hidden` is multiplied with, of its shape or one that broadcasts to it."""
-        options, place = self._options, _place(site.name)
         axis = 1 if site.kind == "conv" else hidden.dim() - 1
         ranks = hidden.shape[axis]
-        small = np.ones((len(words), ranks))
-        if options.rank_dropout:
-            drawn = _hash(np.arange(ranks)[None], words[:, 0:1] ^ place, words[:, 1:2])
-            small *= _weights(drawn, options.rank_dropout)
-        if options.module_dropout:
-            drawn = _hash(np.zeros((1, 1), np.int64), words[:, 2:3] ^ place, words[:, 3:4])
-            small *= drawn >= _threshold(options.module_dropout)
-        # A caption of several chunks has a row for each.
-        rows = len(hidden) // len(words)
+        small_LBR, keys_LBK = self._of_all_layers(site, words_BW, ranks, hidden.device)
+        layer = self._layers[site.name]
         shape = [len(hidden), *[1] * (hidden.dim() - 1)]
         shape[axis] = ranks
-        keep = torch.from_numpy(np.repeat(small, rows, axis=0)).view(shape)
-        keep = keep.to(hidden.device, torch.float32)
-        if options.dropout:
-            keep = keep * self._kept_numbers(place, words, hidden)
+        # A caption of several chunks has a row for each.
+        rows = len(hidden) // len(words_BW)
+        keep = small_LBR[layer, :, None, :ranks].expand(-1, rows, -1).reshape(shape)
+        if self._options.dropout:
+            keep = keep * self._kept_numbers(keys_LBK[layer], hidden)
         return keep
 
-    def _kept_numbers(self, place: int, words: NDArray[np.int64], hidden: Tensor) -> Tensor:
-        count = hidden.numel() // len(words)
-        keys = torch.from_numpy(words[:, 4:6].copy()).to(hidden.device)
+    def _of_all_layers(
+        self, site: Site, words_BW: Tensor, ranks: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Masks of ranks and layers, and the keys of those of numbers, of every layer so far.
+
+        Made at once when the first layer of a batch asks, so that a GPU is sent them once and not
+        waited for at each layer. In the first batch there are more layers each time.
+        """
+        known = site.name in self._layers and ranks <= self._ranks
+        self._layers.setdefault(site.name, len(self._layers))
+        self._ranks = max(self._ranks, ranks)
+        if self._small is None or self._keys is None or not known:
+            places_L11 = torch.tensor([_place(name) for name in self._layers])[:, None, None]
+            small, keys = self._masks(places_L11, words_BW), places_L11 ^ words_BW[:, 4:6]
+            keys[..., 1] = words_BW[:, 5]
+            self._small = small.to(device, non_blocking=True)
+            self._keys = keys.to(device, non_blocking=True)
+        return self._small, self._keys
+
+    def _masks(self, places_L11: Tensor, words_BW: Tensor) -> Tensor:
+        """(L, B, R) float32, what a rank is multiplied with."""
+        options, words_WB1 = self._options, words_BW.T[..., None]
+        layers, samples = len(places_L11), len(words_BW)
+        small_LBR = torch.ones(layers, samples, self._ranks, dtype=torch.float64)
+        if options.rank_dropout:
+            drawn = _hash(torch.arange(self._ranks), words_WB1[0] ^ places_L11, words_WB1[1])
+            kept = drawn >= _threshold(options.rank_dropout)
+            small_LBR *= kept / (1.0 - options.rank_dropout)
+        if options.module_dropout:
+            drawn = _hash(
+                torch.zeros(1, dtype=torch.int64), words_WB1[2] ^ places_L11, words_WB1[3]
+            )
+            small_LBR *= drawn >= _threshold(options.module_dropout)
+        return small_LBR.float()
+
+    def _kept_numbers(self, keys_BK: Tensor, hidden: Tensor) -> Tensor:
+        count = hidden.numel() // len(keys_BK)
         places = torch.arange(count, device=hidden.device)[None]
-        drawn = _hash_tensor(places, keys[:, 0:1] ^ place, keys[:, 1:2])
+        drawn = _hash(places, keys_BK[:, 0:1], keys_BK[:, 1:2])
         kept = drawn >= _threshold(self._options.dropout)
         return kept.view(hidden.shape).to(torch.float32) / (1.0 - self._options.dropout)
 
@@ -98,24 +130,11 @@ def _threshold(share: float) -> int:
     return round(share * 2**32)
 
 
-def _weights(drawn: NDArray[np.int64], share: float) -> NDArray[np.float64]:
-    return (drawn >= _threshold(share)) / (1.0 - share)
-
-
 def _place(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
 
 
-def _hash(
-    places: NDArray[np.int64], first: NDArray[np.int64], second: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """32 bits of each place under two key words, in int64; as `_hash_tensor`."""
-    tensors = (torch.from_numpy(np.ascontiguousarray(one)) for one in (places, first, second))
-    found: NDArray[np.int64] = _hash_tensor(*tensors).numpy()
-    return found
-
-
-def _hash_tensor(places: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _hash(places: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """32 bits of each place under two key words, in int64.
 
     Source: two rounds of C. Wellons' "lowbias32", a 32-bit mixer of little bias. int64 products

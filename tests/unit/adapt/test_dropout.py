@@ -153,3 +153,18 @@ def test_dropout_is_only_on_within_dropping():
         assert torch.equal(model.q(x), dropped), "the same when it is asked again"
     assert not torch.equal(dropped, whole)
     assert torch.equal(model.q(x), whole)
+
+
+def test_after_the_first_batch_the_masks_of_all_layers_are_made_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    dropped = dropout(rank_dropout=0.5, module_dropout=0.2)
+    sites, made = [Site(f"unet.{i}", "linear", 6, 5) for i in range(5)], []
+    plain = Dropout._masks
+    monkeypatch.setattr(Dropout, "_masks", lambda *given: made.append(1) or plain(*given))
+    for step in range(3):
+        dropped.begin(step, SAMPLES[:2])
+        gates = [dropped.gate(site) for site in (*sites, *sites)]
+        held = [gate(torch.ones(2, 4, 8)) for gate in gates if gate is not None]
+        assert all(torch.equal(a, b) for a, b in zip(held[:5], held[5:], strict=True))
+    assert len(made) == 5 + 1 + 1
