@@ -46,6 +46,25 @@ def test_a_step_before_an_extension_is_replayed_at_the_rate_it_had(make_job: Mak
 
 
 @pytest.mark.slow
+def test_a_text_encoder_that_had_stopped_before_an_extension_stands_in_a_replay(make_job: MakeJob):
+    given = {
+        "network__train": "both",
+        "optimizer__text_encoder_stop": 0.5,
+        "optimizer__learning_rate": 1e-2,
+        "training__save_every_steps": 3,
+        "schedule__warmup_steps": 0,
+    }
+    train_small(make_job(training__steps=6, **given))
+    longer = make_job(training__steps=12, **given)
+    train(longer, extend=True, prove=False)
+    for step in (3, 6, 9):
+        run = open_run(longer)
+        found = replay_step(run, step)
+        run.close()
+        assert found.replayed == found.recorded
+
+
+@pytest.mark.slow
 def test_a_step_that_is_not_recorded_is_told(make_job: MakeJob):
     job = make_job(training__steps=2)
     run = open_run(job)
