@@ -112,7 +112,7 @@ def test_two_unlike_workers_train_the_lora_of_one(
     assert all(a != b for a, b in counts if shares != "measured")
 
 
-def drifting_member(rank: int, job: Job) -> float:
+def drifting_member(rank: int, job: Job) -> tuple[float, float, float]:
     checked = check_job(job)
     storage, _ = claim(job)
     run = make_run(
@@ -124,16 +124,21 @@ def drifting_member(rank: int, job: Job) -> float:
         torch.device("cpu"),
         prove=False,
     )
-    step = run.parts.mover.optimizer.step
+    optimizer, scale = run.parts.mover.optimizer, run.parts.loss_scale
+    step = optimizer.step
 
     def drift(*arguments: object) -> None:
         step()
         if rank == 1:
             run.parts.adapter.values.data[0] += 1e-3  # as an unlike GPU's rounding, only larger
+        # Prodigy and its like keep the rate that they estimate as such a number.
+        optimizer.param_groups[0]["d"] = 0.1 + rank
+        scale.on, scale.factor = True, 2.0**rank
 
-    run.parts.mover.optimizer.step = drift  # type: ignore[assignment]
+    optimizer.step = drift  # type: ignore[assignment]
     run_training(run)
-    return float(run.parts.adapter.values.detach()[0])
+    value = float(run.parts.adapter.values.detach()[0])
+    return value, optimizer.param_groups[0]["d"], scale.factor
 
 
 @pytest.mark.slow
@@ -147,6 +152,7 @@ def test_a_worker_whose_adapter_drifted_gets_the_first_ones_again(tmp_path: Path
     )
     first, second = together(2, drifting_member, job)
     assert first == second
+    assert first[1:] == (0.1, 1.0)
     events = [entry.key for entry in claim(job)[0].entries("events")]
     text = b"".join(claim(job)[0].read(key) for key in events)
     assert text.count(b"drift mended") == 2
