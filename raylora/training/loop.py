@@ -23,7 +23,7 @@ from raylora.training.report import Reporter
 from raylora.training.sample import Previews
 from raylora.training.save import Saver
 from raylora.training.shares import split
-from raylora.training.state import copy_state_from_first, restore_state
+from raylora.training.state import held_state, restore_state
 from raylora.training.step import StepResult, train_step
 from raylora.training.validate import Validation
 
@@ -110,8 +110,7 @@ def _resume(run: Run, judge: Judge) -> tuple[int, bool]:
     if run.reporter:
         run.reporter.begin(done, steps_per_epoch=run.parts.loader.plan.steps_per_epoch)
     if state is None:
-        if run.parts.group.size > 1:
-            copy_state_from_first(run.parts)
+        run.parts.group.copy_from_first(run.parts.adapter.values.data)
         return 0, False
     for word, fingerprint in run.content.items():
         if state.facts[word] != fingerprint:
@@ -197,7 +196,8 @@ def _keep_fleet(run: Run, done: int, result: StepResult) -> None:
     if is_due(done, course.checksum_every):
         sums = {row[0] for row in parts.group.gather([_checksum(parts)])}
         if len(sums) > 1:
-            copy_state_from_first(parts)
+            for tensor in held_state(parts)[0].values():
+                parts.group.copy_from_first(tensor)
             if run.reporter:
                 run.reporter.event("drift mended", step=done)
 
@@ -239,8 +239,8 @@ def _tell_end(run: Run, judge: Judge, done: int, *, stopped: bool) -> None:
 
 def _checksum(parts: Parts) -> float:
     """48 bits of the adapter's hash, which a float64 carries exactly."""
-    raw = parts.adapter.values.detach().cpu().numpy().tobytes()
-    return float(int.from_bytes(hashlib.blake2b(raw, digest_size=6).digest(), "big"))
+    values = parts.adapter.values.detach().cpu().numpy()
+    return float(int.from_bytes(hashlib.blake2b(values.data, digest_size=6).digest(), "big"))
 
 
 class _Stop:

@@ -28,19 +28,10 @@ class LossScale:
         self.on = on
         self.factor = FIRST if on else 1.0
         self._clean = 0
-        self._before: float | None = None
 
     def overflowed(self) -> bool:
-        """Halve it; False where it is 1 already, so that scaling is not to blame.
-
-        It is then what it was before the step: a broken image must not leave the run without.
-        """
-        if not self.on:
-            return False
-        if self._before is None:
-            self._before = self.factor
-        if self.factor <= 1.0:
-            self.factor, self._before = self._before, None
+        """Halve it; False where it is 1 already, so that scaling is not to blame."""
+        if not self.on or self.factor <= 1.0:
             return False
         self.factor /= 2
         self._clean = 0
@@ -51,7 +42,7 @@ class LossScale:
         """A step was good; the factor it had, where there is scaling."""
         if not self.on:
             return {}
-        used, self._before = self.factor, None
+        used = self.factor
         self._clean += 1
         if self._clean >= GROW_AFTER and self.factor < LARGEST:
             self.factor *= 2

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from raylora.base.errors import JobError, TrainingError
 from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
 from raylora.training.loop import Run
-from raylora.training.parts import Mover
 from raylora.training.report import read_metrics
 from raylora.training.state import restore_state
 from raylora.training.step import train_step
@@ -55,22 +53,11 @@ def replay_step(run: Run, step: int) -> Replay:
             "repeats or data.order_seed changed since."
         )
     # As recorded, and not by the job's schedule: after --extend that has another end.
-    own = parts.mover
-    if own.rates is not None:
+    if parts.mover.rates is not None:
         recorded = {number: list(row["rates"].values()) for number, row in rows.items()}
         parts.mover = replace(parts.mover, rates=lambda number: recorded[number + 1])
     for number in range(done, step):
-        if own.text_stops is not None:
-            stopped = _text_was_stopped(own, number, rows[number + 1]["rates"])
-            parts.mover = replace(parts.mover, text_stops=0 if stopped else None)
         result = train_step(parts, number)
     assert result is not None
     keys = [parts.loader.dataset.rows[sample.row].key for sample in samples]
     return Replay(step, keys, rows[step]["loss"], float(result.loss))
-
-
-def _text_was_stopped(mover: Mover, step: int, rates: Mapping[str, float]) -> bool:
-    """Whether the text encoder stood in a recorded step; by the job where the rates do not say."""
-    if mover.rates is None or not any(rates.values()):
-        return mover.stopped(step)
-    return not any(rates[group.name] for group in mover.groups if group.part == "text_encoder")

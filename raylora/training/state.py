@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -33,18 +32,6 @@ def restore_state(parts: Parts, state: State) -> None:
         parts.ema.average.copy_(state.tensors["ema"])
     restore_optimizer(parts.mover.optimizer, state)
     parts.loss_scale.restore(state.facts["loss_scale"])
-
-
-def copy_state_from_first(parts: Parts) -> None:
-    """Give every worker the first one's state, with what an optimizer holds as plain numbers."""
-    group, (tensors, facts) = parts.group, held_state(parts)
-    for tensor in tensors.values():
-        group.copy_from_first(tensor)
-    text = bytearray(json.dumps(facts).encode())
-    length = int(group.gather([float(len(text))])[0][0])
-    told = torch.frombuffer(text.ljust(length)[:length], dtype=torch.uint8)
-    group.copy_from_first(told)
-    restore_state(parts, State(0, tensors, json.loads(told.numpy().tobytes())))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
