@@ -91,7 +91,9 @@ class ExportProver:
         self.start()
         deadline = started + self._timeout_seconds
         try:
-            self._send(_frame(file_bytes) + _frame(_packed(expected)), deadline)
+            for blob in (file_bytes, _packed(expected)):
+                self._send(len(blob).to_bytes(8, "little"), deadline)
+                self._send(blob, deadline)
             answer = json.loads(self._receive(deadline))
         except TimeoutError:
             self.close()
@@ -170,10 +172,6 @@ class ExportProver:
         tail = self._stderr.read().decode(errors="replace").strip()
         self.close()
         return f"{ended}. {tail}" if tail else f"{ended}, and it printed nothing."
-
-
-def _frame(data: bytes) -> bytes:
-    return len(data).to_bytes(8, "little") + data
 
 
 def _packed(expected: Mapping[str, LowRank]) -> bytes:

@@ -239,8 +239,8 @@ def _tell_end(run: Run, judge: Judge, done: int, *, stopped: bool) -> None:
 
 def _checksum(parts: Parts) -> float:
     """48 bits of the adapter's hash, which a float64 carries exactly."""
-    raw = parts.adapter.values.detach().cpu().numpy().tobytes()
-    return float(int.from_bytes(hashlib.blake2b(raw, digest_size=6).digest(), "big"))
+    values = parts.adapter.values.detach().cpu().numpy()
+    return float(int.from_bytes(hashlib.blake2b(values.data, digest_size=6).digest(), "big"))
 
 
 class _Stop:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from small import MakeJob, final_state, open_run
+from PIL import Image
+from small import ROOT, MakeJob, final_state, open_run
 from torch import Tensor
 from torch.testing import assert_close
 
 from raylora.job import Job
 from raylora.training.loop import Run, run_training
 from raylora.training.step import losses_at, sample_losses, train_step
+
+HOLDOUT = ROOT / "jobs/quickstart/demo-data/holdout"
 
 
 def limit_memory(run: Run, most_images: int, *, from_call: int = 0) -> list[int]:
@@ -298,3 +303,52 @@ def test_measuring_builds_no_graph_through_a_text_encoder_in_training(make_job: 
     losses_at(*given, text_learns=False)
     assert graph == [False, True, False]
     run.close()
+
+
+@pytest.fixture
+def mixed(one_icon: str, tmp_path: Path) -> list[dict[str, Any]]:
+    """Images with masks, others, and one that is preserved and counts half."""
+    masked, masks = tmp_path / "masked", tmp_path / "masks"
+    masked.mkdir()
+    masks.mkdir()
+    draw = np.random.default_rng(0)
+    for name in ("cactus", "beer-mug"):
+        for file in HOLDOUT.glob(f"{name}.*"):
+            (masked / file.name).write_bytes(file.read_bytes())
+        width, height = Image.open(masked / f"{name}.png").size
+        mask = draw.integers(0, 256, (height, width), dtype=np.uint8)
+        Image.fromarray(mask).save(masks / f"{name}.png")
+    return [
+        {"folder": str(HOLDOUT)},
+        {"folder": str(masked), "mask_folder": str(masks), "repeats": 12},
+        {"folder": one_icon, "is_reg": True, "output_preservation": True},
+    ]
+
+
+@pytest.mark.slow
+def test_a_step_of_all_kinds_of_images_is_the_same_for_any_micro_batch_in_fp64(
+    make_job: MakeJob, mixed: list[dict[str, Any]]
+):
+    found = []
+    for size in (1, 8):
+        job = make_job(
+            data__folder=None,
+            data__sets=mixed,
+            data__prior_loss_weight=0.5,
+            loss__weight__name="min_snr",
+            network={"train": "both", "rank": 4, "dropout": 0.1, "rank_dropout": 0.1},
+            noise={"offset": 0.1, "adaptive_scale": 0.1, "input_perturbation": 0.1},
+            training__precision="fp64",
+            training__images_per_step=6,
+            memory__max_micro_batch=size,
+        )
+        run = open_run(job)
+        _, tensors, _ = run.parts.loader.take(0)
+        kinds = {(float(one["weight"]), bool(one["mask"].min() < 1)) for one in tensors}
+        assert kinds == {(1.0, False), (1.0, True), (0.5, False)}
+        losses = [float(train_step(run.parts, number).loss) for number in range(2)]
+        found.append((torch.tensor(losses), run.parts.adapter.values.detach()))
+        run.close()
+    (losses, values), expected = found
+    assert_close(losses, expected[0], rtol=1e-12, atol=0)
+    assert_close(values, expected[1], rtol=0, atol=1e-11)  # fp64, through Adam's division
