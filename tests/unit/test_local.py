@@ -57,12 +57,18 @@ def test_a_run_that_was_stopped_is_not_finished():
 def test_the_guides_job_trains_once_its_places_are_filled_in(tmp_path: Path):
     """Smaller pictures, fp32 and one image in four held out are all that differs."""
     small = {
-        **{"store": str(tmp_path), "family.weights": str(ROOT / "jobs/quickstart/tiny-sd")},
-        **{"data.folder": HOLDOUT, "data.resolution": 64, "data.bucket_reso_steps": 16},
-        **{"data.min_bucket_reso": 48, "data.max_bucket_reso": 80, "data.validation_split": 0.25},
-        **{"training.epochs": 1, "training.precision": "fp32", "fleet.cpus_only": True},
-        **{"preview.width": 64, "preview.height": 64, "preview.steps": 1},
-        "preview.prompts": ["ink icon, dog face --l 6 --s 2 --d 7"],
+        "store": str(tmp_path),
+        "family.weights": str(ROOT / "jobs/quickstart/tiny-sd"),
+        "data.folder": HOLDOUT,
+        "data.resolution": 64,
+        "data.bucket_reso_steps": 16,
+        "data.min_bucket_reso": 48,
+        "data.max_bucket_reso": 80,
+        "data.validation_split": 0.25,
+        "training.epochs": 1,
+        "training.precision": "fp32",
+        "preview.prompts": ["ink icon, dog face --w 64 --h 64 --l 6 --s 2 --d 7"],
+        "fleet.cpus_only": True,
     }
     guide = with_overrides(load_job(ROOT / "jobs" / "sd15_guide.yaml"), small)
     result = train(guide)
