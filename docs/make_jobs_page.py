@@ -31,8 +31,10 @@ A job is one YAML file. Unknown words are refused, and every mistake is told at 
 path. `--set network.rank=8` replaces one value; the part after `=` is YAML. An option without
 "default" must be given. `null` is YAML's word for nothing.
 
-Whole jobs: [jobs/quickstart.yaml](../jobs/quickstart.yaml) and
-[jobs/sd15_lora.yaml](../jobs/sd15_lora.yaml). For editors that complete and check YAML,
+Whole jobs: [jobs/quickstart.yaml](../jobs/quickstart.yaml),
+[jobs/sd15_guide.yaml](../jobs/sd15_guide.yaml) and
+[jobs/sd15_lora.yaml](../jobs/sd15_lora.yaml). Formulas, sources and other programs' names are in
+[training.md](training.md). For editors that complete and check YAML,
 `raylora schema` prints the job file's part as a JSON schema, which the repository keeps as
 [job.schema.json](../job.schema.json).
 """

@@ -10,7 +10,7 @@ from small import ROOT, small_job
 
 from raylora.base.errors import TrainingError
 from raylora.check import check_job
-from raylora.job import Job
+from raylora.job import Job, load_job, with_overrides
 from raylora.local import cache_here, refuse_stopped, train
 from raylora.training.loop import Outcome
 
@@ -51,3 +51,29 @@ def test_a_run_that_was_stopped_is_not_finished():
     refuse_stopped(Outcome(5, stopped=False, validation=None))
     with pytest.raises(TrainingError, match="stopped at step 5 as asked; the same command goes on"):
         refuse_stopped(Outcome(5, stopped=True, validation=None))
+
+
+@pytest.mark.slow
+def test_the_guides_job_trains_once_its_places_are_filled_in(tmp_path: Path):
+    """Smaller pictures, fp32 and one image in four held out are all that differs."""
+    small = {
+        "store": str(tmp_path),
+        "family.weights": str(ROOT / "jobs/quickstart/tiny-sd"),
+        "data.folder": HOLDOUT,
+        "data.resolution": 64,
+        "data.bucket_reso_steps": 16,
+        "data.min_bucket_reso": 48,
+        "data.max_bucket_reso": 80,
+        "data.validation_split": 0.25,
+        "training.epochs": 1,
+        "training.precision": "fp32",
+        "preview.prompts": ["ink icon, dog face --w 64 --h 64 --l 6 --s 2 --d 7"],
+        "fleet.cpus_only": True,
+    }
+    guide = with_overrides(load_job(ROOT / "jobs" / "sd15_guide.yaml"), small)
+    result = train(guide)
+    assert result["steps"] == 5  # 18 images, 4 a step
+    made = {path.name for path in (tmp_path / "runs" / "my-style").iterdir()}
+    assert {"my-style.safetensors", "samples.png", "curves.png", "tensorboard"} <= made
+    recorded = load_job(tmp_path / "runs/my-style/job.yaml")
+    assert isinstance(recorded.training.seed, int)
