@@ -30,7 +30,8 @@ class EmaOptions(Options):
     """How much of the average stays at each global step; 0.99 to 0.9999 are usual, and it forgets
     over about 1 / (1 - decay) steps. Null: no average."""
     place: Literal["device", "host"] = "device"
-    """Where it is kept; on the host it takes no GPU memory and a copy each step."""
+    """Where it is kept; on the host it takes no GPU memory, and the GPU waits for a copy at each
+    step."""
 
 
 class Ema:

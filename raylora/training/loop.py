@@ -29,6 +29,9 @@ from raylora.training.validate import Validation
 
 log = get_logger("train")
 
+MOST_SKIPPED = 10
+"""Broken steps in a row that `training.on_nan: skip` passes over."""
+
 
 @dataclass
 class Run:
@@ -78,7 +81,7 @@ def run_training(run: Run) -> Outcome:
     parts, course, judge = run.parts, run.course, Judge(run.course)
     done, looked = _resume(run, judge)
     parts.loader.last_step = course.total_steps
-    stopped = False
+    stopped, skipped = False, 0
     held_out: float | None = None
     with _stop_signal() as stop:
         if not looked:
@@ -87,6 +90,13 @@ def run_training(run: Run) -> Outcome:
             result = train_step(parts, done, stop=stop.asked)
             _record(run, done, result)
             done += 1
+            skipped = skipped + 1 if result.skipped else 0
+            if skipped == MOST_SKIPPED:
+                raise TrainingError(
+                    f"the gradients of {skipped} steps in a row, up to step {done}, were not "
+                    "finite, so training goes nowhere. Lower optimizer.learning_rate, or choose "
+                    "training.precision: fp32, under another `name`."
+                )
             stopped = result.stop and done < course.total_steps
             _keep_fleet(run, done, result)
             if not stopped:

@@ -45,8 +45,9 @@ class TrainingOptions(Options):
         "stop", json_schema_extra=known_as(sd_scripts="none: it goes on with NaN")
     )
     """What a step does whose gradient is not finite. stop: the run ends with the reason, and its
-    newest checkpoint is good. skip: nothing moves in that step, and the run goes on; the device is
-    asked at every step, which costs a little speed on a GPU."""
+    newest checkpoint is good. skip: nothing moves in that step, and the run goes on, unless that
+    happens ten times in a row; the device is asked at every step, which costs a little speed on a
+    GPU."""
     sums: Literal["fast", "exact"] = "fast"
     """fast: workers, shares and micro-batches change the rounding, which training amplifies. exact:
     images go through one at a time and are added in 64-bit integers, so any number of workers on

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from raylora.assemble import open_store
+from raylora.base.errors import TrainingError
 from raylora.training.loop import Run, run_training
 from raylora.training.report import read_metrics
 from raylora.training.step import StepResult, train_step
@@ -89,6 +90,18 @@ def test_a_broken_step_is_skipped_where_that_is_asked_for(make_job: MakeJob):
     assert [done for done, row in rows.items() if row.get("skipped")] == [3]
     state = final_state(job)
     assert all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point())
+
+
+@pytest.mark.slow
+def test_ten_broken_steps_in_a_row_end_the_run(make_job: MakeJob):
+    job = make_job(
+        training__on_nan="skip", training__steps=20, training__images_per_step=1, log__every_steps=1
+    )
+    run = open_run(job, report=True)
+    spoil(run, float("nan"), {*range(9), *range(10, 20)})
+    with pytest.raises(TrainingError, match="of 10 steps in a row, up to step 20, were not finite"):
+        run_training(run)
+    run.close()
 
 
 def test_a_skipped_step_moves_nothing(make_job: MakeJob):
