@@ -183,7 +183,7 @@ def test_what_no_smaller_scale_mends_is_not_skipped_unless_that_is_asked_for(mak
     run.parts.loss_scale.factor = 2.0
     spoil(run, float("nan"), {0, 1})
     result = train_step(run.parts, 1)
-    assert run.parts.loss_scale.factor == 1.0
+    assert run.parts.loss_scale.factor == 2.0  # as before the step: scaling was not to blame
     assert not result.skipped, "the run is to stop, and says why"
     assert result.gradient_norm.isnan()
     run.close()
