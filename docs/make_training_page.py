@@ -354,6 +354,8 @@ def _option(entry: Entry, known: dict[str, Schema]) -> Iterator[str]:
     if path.endswith(".kind"):
         values = " or ".join(f"`{kind}`" for kind in _kinds(path.removesuffix(".kind"), known))
     default = f"default `{as_yaml(field['default'])}`" if "default" in field else ""
+    if field.get("type") == "object":
+        default = "default `{}`"
     if entry.needed:
         default = "must be given"
     of_kind = f" (kind {entry.kind})" if entry.kind else ""

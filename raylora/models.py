@@ -18,7 +18,7 @@ from raylora.adapt.dropout import Dropout
 from raylora.adapt.initial import Initial, initial_weights
 from raylora.adapt.lora_file import AdapterFile, read_adapter
 from raylora.adapt.merge import file_parts, merge_lora
-from raylora.base.errors import MissingObject, WeightsError
+from raylora.base.errors import MissingObject, StorageError, WeightsError
 from raylora.base.fetch import local_folder
 from raylora.base.site import Site
 from raylora.base.storage import open_storage
@@ -95,6 +95,10 @@ def _read_file(url: str, word: str) -> bytes:
         return open_storage(folder or ".").read(name)
     except MissingObject:
         raise WeightsError(f"{word}: there is no file {url}. Give a LoRA's .safetensors.") from None
+    except StorageError as error:
+        raise WeightsError(
+            f"{word}: {url!r} cannot be read ({error}). Give a LoRA's .safetensors."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,13 @@ def _plain(message: str) -> str:
     message = message.removeprefix("Value error, ").replace("a valid tuple", "a list")
     message = re.sub("^Tuple", "List", message)
     section = r"a valid dictionary or (instance of \w+|object to extract fields from)"
-    return re.sub(section, "a section of options", message)
+    message = re.sub(section, "a section of options", message)
+    return message.replace("a valid dictionary", "names with values, or {} for none")
 
 
 def _shown(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()  # as YAML writes them
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -49,7 +49,11 @@ class StepPlan:
 
     def __init__(self, rows: Rows, images_per_step: int, order_seed: int) -> None:
         if not len(rows):
-            raise DataError("There are no images to train on. Look at quarantine.jsonl for why.")
+            raise DataError(
+                "There are no images to train on: what data names is held out "
+                "(data.validation_split) or bad (quarantine.jsonl says why). Give more images, or "
+                "hold out fewer."
+            )
         self._rows, self._size, self._seed = rows, images_per_step, order_seed
         self._buckets = _showings_by_bucket(rows)
         self.samples_per_epoch = sum(len(showings) for showings in self._buckets)

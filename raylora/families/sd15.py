@@ -60,7 +60,8 @@ class Sd15(Family):
         self.folder = folder
         self._vae_folder = Path(options.vae) if options.vae else folder / "vae"
         unet = _config(folder / "unet", "UNet2DConditionModel")
-        vae = _config(self._vae_folder, "AutoencoderKL")
+        of_another = "family.vae must be a VAE's folder in diffusers layout." if options.vae else ""
+        vae = _config(self._vae_folder, "AutoencoderKL", wants=of_another or _WHOLE_BASE)
         text = _read_json(folder / "text_encoder" / "config.json")
         scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
         if unet.get("addition_embed_type"):
@@ -440,21 +441,24 @@ class _Sd15Renderer:
         return np.asarray((pictures[0] * 255).round().clip(0, 255), dtype=np.uint8)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+_WHOLE_BASE = (
+    "family.weights must be a folder in diffusers layout (unet, vae, text_encoder, tokenizer, "
+    "scheduler)."
+)
+
+
+def _read_json(path: Path, *, wants: str = _WHOLE_BASE) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise WeightsError(
-            f"{path} is missing. family.weights must be a folder in diffusers layout (unet, vae, "
-            "text_encoder, tokenizer, scheduler)."
-        ) from None
+        raise WeightsError(f"{path} is missing. {wants}") from None
     except json.JSONDecodeError as error:
         raise WeightsError(f"{path} is not JSON ({error}). Fetch the file again.") from None
     return found
 
 
-def _config(folder: Path, wanted: str) -> dict[str, Any]:
-    config = _read_json(folder / "config.json")
+def _config(folder: Path, wanted: str, *, wants: str = _WHOLE_BASE) -> dict[str, Any]:
+    config = _read_json(folder / "config.json", wants=wants)
     if config.get("_class_name") != wanted:
         raise WeightsError(
             f"{folder}/config.json is a {config.get('_class_name')}, sd15 needs a {wanted}. Choose "

@@ -192,7 +192,7 @@ class Reporter:
             "epoch": done / self._epoch.steps,
             "loss": sum(losses) / len(losses) if losses else math.nan,
             "loss_average": self._epoch.mean,
-            "learning_rate": rows[-1]["learning_rate"],
+            "learning_rate": _shown_rate(rows[-1]["rates"]),
             "images_per_second": self._images / seconds,
             "eta_seconds": (self.total_steps - done) * seconds / len(rows),
             **memory_numbers(self._device),
@@ -225,6 +225,15 @@ def _row(held: _Pending) -> Row:
         "samples": held.samples,
         "shares": held.shares,
     }
+
+
+def _shown_rate(rates: Mapping[str, float]) -> float:
+    """The one rate of a progress line: the largest group's, LoRA+'s fast ones left out.
+
+    The first group is the text encoder's, which may have stopped or have a lower rate.
+    """
+    slow = [rate for name, rate in rates.items() if not name.endswith(" plus")]
+    return max(slow or rates.values(), key=abs, default=0.0)
 
 
 class _Epoch:

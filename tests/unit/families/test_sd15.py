@@ -402,6 +402,11 @@ def test_the_renderer_is_the_diffusers_pipeline():
     assert abs(ours.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
 
 
+def test_a_vae_that_is_none_is_told_by_its_own_option(tmp_path: Path):
+    with pytest.raises(WeightsError, match=r"config.json is missing. family.vae must be a VAE's"):
+        opened(vae=str(tmp_path))
+
+
 @pytest.mark.parametrize(("part", "word"), [("vae", 0), ("text_encoder", 1)])
 def test_a_config_that_changes_the_encoder_changes_its_name(tmp_path: Path, part: str, word: int):
     base = tmp_path / "base"

@@ -267,6 +267,23 @@ def test_every_groups_rate_and_what_else_a_step_has_are_in_its_row(here: Storage
     json.dumps(row)
 
 
+@pytest.mark.parametrize(
+    ("rates", "shown"),
+    [
+        ({"textencoder": 0.0, "unet": 1e-3}, 1e-3),
+        ({"unet": 1e-4, "unet plus": 1.6e-3}, 1e-4),
+        ({"textencoder": -1e-5, "unet": -1e-4}, -1e-4),
+        ({}, 0.0),
+    ],
+)
+def test_a_progress_line_has_the_largest_groups_rate(
+    here: Storage, rates: dict[str, float], shown: float
+):
+    reporter, rows = report(here, every=1, total=1)
+    note(reporter, 0, rates=rates)
+    assert rows[-1]["learning_rate"] == shown
+
+
 def test_the_mean_is_of_the_last_epochs_steps(here: Storage):
     reporter, rows = report(here, every=1, total=5)
     reporter.begin(0, steps_per_epoch=3)
