@@ -18,6 +18,7 @@ from raylora.assemble import (
     total_steps,
 )
 from raylora.base.errors import JobError, UserError
+from raylora.base.options import Options
 from raylora.base.storage import open_storage
 from raylora.data.dataset import CachePlan
 from raylora.data.steps import StepPlan
@@ -25,6 +26,7 @@ from raylora.families import Family
 from raylora.job import Job
 from raylora.models import files_fit, open_family, with_seed
 from raylora.optim.optimizers import optimizer_warning
+from raylora.optim.schedules import make_schedule, schedule_warning
 
 T = TypeVar("T")
 
@@ -64,12 +66,14 @@ def check_job(job: Job, *, rehash: bool = False) -> Checked:
     if family is not None:
         opened = family
         problems += base_problems(job, opened)
-        if job.network.initial is not None or job.family.loras:
+        if job.network.initial is not None or job.family.loras or job.optimizer.block_rates.given:
             _collect(problems, lambda: files_fit(job, opened))
         plan = partial(plan_dataset, job, family=family, rehash=rehash, workers=job.fleet.count)
         for sets in set_groups(job):
             planned = _collect(problems, partial(plan, sets))
             plans += [planned] if planned else []
+        if plans and not problems:
+            problems += _run_problems(job, plans)
     if problems or family is None:
         raise JobError(list(dict.fromkeys(problems)))
     tokens = count_tokens(job, plans[0], family)
@@ -95,6 +99,24 @@ def arithmetic(checked: Checked) -> dict[str, Any]:
     }
 
 
+def _run_problems(job: Job, plans: list[CachePlan]) -> list[str]:
+    """What can only be seen once images and steps are counted."""
+    found: list[str] = []
+    total = _steps_of(job, plans[0])
+    _collect(found, lambda: make_schedule(job.schedule, total, abs(job.optimizer.rate)))
+    split = max(options.validation_split for options in job.sets)
+    if split and not len(plans[0].held_out):
+        found.append(
+            f"data.validation_split is {split:g}, which holds out none of "
+            f"{len(plans[0].rows)} images. Raise it, or leave it out."
+        )
+    return found
+
+
+def _steps_of(job: Job, plan: CachePlan) -> int:
+    return total_steps(job, StepPlan(plan.rows, job.training.images_per_step, job.data.order_seed))
+
+
 def _warnings(job: Job, plans: list[CachePlan]) -> list[str]:
     found = [note for plan in plans for note in plan.notes]
     seldom_meant = optimizer_warning(job.optimizer)
@@ -117,6 +139,35 @@ def _warnings(job: Job, plans: list[CachePlan]) -> list[str]:
             "training.precision fp16 is for GPUs older than Ampere; a CPU computes it slowly. "
             "Choose fp32."
         )
+    too_long = schedule_warning(job.schedule, _steps_of(job, plans[0]))
+    found += [too_long] if too_long else []
+    found += _idle(job, plans)
+    held_out = (job.validation.folder or "").rstrip("/")
+    if held_out and any((one.folder or "").rstrip("/") == held_out for one in job.sets):
+        found.append(
+            f"validation.folder is {held_out}, which is trained on too: its loss tells nothing of "
+            "other images. Give a folder of others, or data.validation_split in its place."
+        )
+    return found
+
+
+def _idle(job: Job, plans: list[CachePlan]) -> list[str]:
+    """Sections that say how, where nothing says what; but not where that is null or [] in words."""
+    held_out = len(plans) > 1 or len(plans[0].held_out)
+    missing: dict[str, tuple[Options, str, str]] = {}
+    if not held_out:
+        missing["validation"] = job.validation, "folder", "nothing is held out"
+    if not job.preview.prompts:
+        missing["preview"] = job.preview, "prompts", "nothing is drawn"
+    found = []
+    for section, (options, word, reason) in missing.items():
+        usual = type(options)().model_dump()
+        given = [name for name, value in options.model_dump().items() if value != usual[name]]
+        if given and word not in options.model_fields_set:
+            found.append(
+                f"{section} has {', '.join(given)}, and {reason}. Give {section}.{word}, or leave "
+                "the section out."
+            )
     return found
 
 

@@ -211,7 +211,12 @@ def _part_problems(job: Job) -> Iterable[str]:
     """What network, optimizer and the rest do not agree on."""
     network, optimizer = job.network, job.optimizer
     if network.initial_ranks and network.initial is None:
-        yield "network.initial_ranks takes the ranks of network.initial, which is not given."
+        yield (
+            "network.initial_ranks takes the ranks of network.initial, which is not given. Give "
+            "it, or leave initial_ranks out."
+        )
+    yield from _initial_problems(network)
+    yield from _idle_problems(job)
     yield from rate_problems(
         optimizer,
         job.schedule,
@@ -228,6 +233,47 @@ def _part_problems(job: Job) -> Iterable[str]:
             f"network.max_norm: {optimizer.name} moves weights that it holds elsewhere, which a "
             "cap would not reach. Leave one of them out."
         )
+
+
+def _initial_problems(network: NetworkOptions) -> Iterable[str]:
+    """What the job says of ranks that are the file's."""
+    if not network.initial_ranks:
+        return
+    for word in ("rank", "alpha", "layers", "conv_rank", "conv_alpha"):
+        field = type(network).model_fields.get(word)
+        value = getattr(network, word) if field else None
+        if field is not None and value != field.default:
+            yield (
+                f"network.{word} is {value}, and with network.initial_ranks it is the file's. "
+                "Leave one of them out."
+            )
+
+
+def _idle_problems(job: Job) -> Iterable[str]:
+    """Parts that say what nothing of the job uses."""
+    network, training = job.network, job.training
+    if network.convolutions and not network.trains_denoiser:
+        yield (
+            f"network.kind is {network.kind}, and the text encoder has no convolutions. Choose "
+            "lora, which is the same there, or set network.train: both."
+        )
+    if job.ema.place != "device" and job.ema.decay is None:
+        yield (
+            f"ema.place is {job.ema.place}, and no average is kept. Give ema.decay, or leave it "
+            "out."
+        )
+    paces = (training.save_every_steps, training.save_every_epochs)
+    if training.keep_last is not None and paces == (None, None) and not training.keep_best:
+        yield (
+            f"training.keep_last is {training.keep_last}, and only the end is saved. Give "
+            "training.save_every_steps or save_every_epochs, or leave it out."
+        )
+    for number, one in enumerate(job.family.loras):
+        if one.strength == 0:
+            yield (
+                f"family.loras.{number}.strength is 0, which adds nothing. Leave the file out, or "
+                "give it a strength."
+            )
 
 
 def _data_problems(job: Job, sets: tuple[SetOptions, ...]) -> Iterable[str]:

@@ -49,8 +49,14 @@ def open_family(job: Job) -> Family:
         options = options.model_copy(update={"vae": str(vae)})
     family = make(local_folder(options.weights), options)
     if options.loras:
-        files = [(_read_file(one.file, "family.loras"), one) for one in options.loras]
-        held = [(read_adapter(data), one.strength) for data, one in files]
+        files = [
+            (_read_file(one.file, f"family.loras.{i}.file"), one)
+            for i, one in enumerate(options.loras)
+        ]
+        held = [
+            (_adapter(data, f"family.loras.{i}.file {one.file}"), one.strength)
+            for i, (data, one) in enumerate(files)
+        ]
         family.alter = _merging(held)
         family.altered = _names(files)
     return family
@@ -99,6 +105,14 @@ def _read_file(url: str, word: str) -> bytes:
         raise WeightsError(
             f"{word}: {url!r} cannot be read ({error}). Give a LoRA's .safetensors."
         ) from error
+
+
+def _adapter(data: bytes, called: str) -> AdapterFile:
+    """What a file holds; its mistakes are told under the option that names it."""
+    try:
+        return read_adapter(data)
+    except WeightsError as error:
+        raise WeightsError(f"{called}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -163,8 +177,7 @@ def files_fit(job: Job, family: Family) -> None:
     denoiser, encoders = family.skeletons()
     for component, model in {family.component: denoiser, **encoders}.items():
         family.alter(component, model)
-    if job.network.initial is not None:
-        first_of(job, family, denoiser, encoders)
+    first_of(job, family, denoiser, encoders)
 
 
 def first_of(job: Job, family: Family, denoiser: nn.Module, encoders: Models) -> Initial:
@@ -191,5 +204,6 @@ def _first(job: Job, sites: Sequence[Site]) -> Initial:
     if options.initial is None:
         scales = {site.name: options.scale_at(site) for site in sites}
         return Initial(list(sites), dict(fresh(sites)), scales)
-    file = read_adapter(_read_file(options.initial, "network.initial"))
+    data = _read_file(options.initial, "network.initial")
+    file = _adapter(data, f"network.initial {options.initial}")
     return initial_weights(file, sites, options, lambda site: fresh([site])[site.name])

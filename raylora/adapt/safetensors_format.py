@@ -115,7 +115,7 @@ def open_source(source: str | Path | bytes) -> tuple[BinaryIO, int, str]:
         WeightsError: there is no such file, or it cannot be opened.
     """
     if isinstance(source, bytes):
-        return io.BytesIO(source), len(source), "these bytes"
+        return io.BytesIO(source), len(source), "the file"
     path = Path(source)
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"

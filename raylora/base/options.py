@@ -49,6 +49,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     mistakes: dict[str, list[_Mistake]] = {}
     for detail in error.errors(include_url=False):
         path, choice = _path(detail["loc"], root)
+        if detail["type"] == "too_short" and any(
+            place.startswith(f"{path}.") for place in mistakes
+        ):
+            continue  # it counts the items that are wrong as missing
         mistakes.setdefault(path if choice is None else choice, []).append(_Mistake(path, detail))
     return [sentence for place, found in mistakes.items() for sentence in _told(place, found, root)]
 

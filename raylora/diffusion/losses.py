@@ -97,13 +97,13 @@ class LossOptions(Options):
             value, default = getattr(self, word), LossOptions.model_fields[word].default
             if value != default and not curved:
                 raise ValueError(
-                    f"{word} is {value}, which only huber and smooth_l1 use, and name is "
-                    f"{self.name}. Write name: huber, or leave {word} out."
+                    f"loss.{word} is {value}, which only huber and smooth_l1 use, and loss.name is "
+                    f"{self.name}. Write loss.name: huber, or leave {word} out."
                 )
         if self.huber_scale != 1 and self.huber_schedule == "snr":
             raise ValueError(
-                f"huber_scale is {self.huber_scale:g}, which the snr schedule does not use. Write "
-                "huber_schedule: constant or exponential, or leave huber_scale out."
+                f"loss.huber_scale is {self.huber_scale:g}, which the snr schedule does not use. "
+                "Write loss.huber_schedule: constant or exponential, or leave huber_scale out."
             )
         return self
 

@@ -125,13 +125,15 @@ class NoiseOptions(Options):
             if value != NoiseOptions.model_fields[word].default and not getattr(self, needs):
                 given = str(value).lower()
                 raise ValueError(
-                    f"{word} is {given}, and {needs} is 0. Set {needs}, or leave {word} out."
+                    f"noise.{word} is {given}, and noise.{needs} is 0. Set {needs}, or leave "
+                    f"{word} out."
                 )
         if self.offset and self.multires_iterations:
             raise ValueError(
-                f"offset is {self.offset:g} and multires_iterations {self.multires_iterations}: "
-                "multiresolution noise has the coarse part that an offset adds, and its division "
-                "by the deviation would shrink the offset. Give one of them."
+                f"noise.offset is {self.offset:g} and noise.multires_iterations "
+                f"{self.multires_iterations}: multiresolution noise has the coarse part that "
+                "an offset adds, and its division by the deviation would shrink the offset. Give "
+                "one of them."
             )
         return self
 

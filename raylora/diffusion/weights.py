@@ -49,8 +49,8 @@ class WeightOptions(Options):
     def _gamma_caps_something(self) -> Self:
         if self.gamma != _GAMMA and self.name != "min_snr":
             raise ValueError(
-                f"gamma is {self.gamma:g}, which only min_snr uses, and name is {self.name}. "
-                "Write name: min_snr, or leave gamma out."
+                f"loss.weight.gamma is {self.gamma:g}, which only min_snr uses, and "
+                f"loss.weight.name is {self.name}. Write name: min_snr, or leave gamma out."
             )
         return self
 

@@ -92,4 +92,18 @@ def argument_problem(
             return f"{option}.{name}: {cls.__name__} takes no such argument." + (
                 did_you_mean(name, free) or " It takes none."
             )
+        problem = _value_problem(args[name], known.get(name))
+        if problem:
+            return f"{option}.{name} is {args[name]!r:.60}: {problem}"
+    return None
+
+
+def _value_problem(value: Any, parameter: inspect.Parameter | None) -> str | None:
+    """What is wrong with a value beside the one that the signature has; None where none can be."""
+    usual = parameter.default if parameter is not None else None
+    if isinstance(usual, bool):
+        return None if isinstance(value, bool) else "give true or false."
+    if isinstance(usual, int | float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return None if number or value is None else f"give a number, as {usual:g} is."
     return None

@@ -111,14 +111,30 @@ def optimizer_problem(options: OptimizerOptions, device_type: str) -> str | None
             f"host's memory; on {device_type} there is nothing to move. Choose "
             f"{options.name.removeprefix('paged_').replace('adamw32bit', 'adamw')}."
         )
+    # Two axes, since some move matrices only.
+    one = nn.Parameter(torch.zeros(2, 2))
     try:
-        make_optimizer(
-            options,
-            # Two axes, since some move matrices only.
-            [{"params": [nn.Parameter(torch.zeros(2, 2))], "rate": options.rate, "name": "one"}],
-        )
+        made = make_optimizer(options, [{"params": [one], "rate": options.rate, "name": "one"}])
     except OptionError as error:
         return str(error)
+    return None if package == "bitsandbytes" else _step_problem(options, made, one)
+
+
+def _step_problem(
+    options: OptimizerOptions, made: torch.optim.Optimizer, one: nn.Parameter
+) -> str | None:
+    """Why it cannot make a step, which some classes say no sooner."""
+    one.grad = torch.ones_like(one)
+    try:
+        with redirect_stdout(io.StringIO()):
+            made.step()
+    # What a class does with values that it took unseen is its own, and the values are the job's.
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        told = " ".join(str(error).split()).rstrip(".") or "without saying why"
+        return (
+            f"optimizer.name is {options.name} ({options.spelled}), whose class cannot make a "
+            f"step: {told}. Change optimizer.args, or choose another."
+        )
     return None
 
 

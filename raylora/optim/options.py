@@ -336,9 +336,9 @@ def _one_rate_problem(options: OptimizerOptions) -> str | None:
     parts = {options.rate_of("denoiser"), options.rate_of("text_encoder")} - {0.0}
     if len(parts) > 1:
         return (
-            f"The denoiser's rate is {options.rate_of('denoiser'):g} and the text encoder's "
-            f"{options.rate_of('text_encoder'):g}, and {reason}. Give optimizer.learning_rate "
-            "alone."
+            "optimizer.denoiser_rate and text_encoder_rate come to "
+            f"{options.rate_of('denoiser'):g} and {options.rate_of('text_encoder'):g}, and "
+            f"{reason}. Give optimizer.learning_rate alone."
         )
     if options.text_encoder_stop is not None and options.estimates_rate:
         return (

@@ -297,6 +297,17 @@ def _piecewise(rules: list[tuple[float, float]]) -> Factor:
     return lambda t: next(value for step, value in rules if t < step)
 
 
+def schedule_warning(options: ScheduleOptions, total_steps: int) -> str | None:
+    """What is allowed and seldom meant in a run of that length; None if there is nothing."""
+    warmup = _steps(options.warmup_steps, total_steps)
+    if warmup < total_steps or not warmup:
+        return None
+    return (
+        f"schedule.warmup_steps is {warmup}, and the run has {total_steps} steps: the rate never "
+        "comes to its peak. Lower it, e.g. to 0.05, a share of the run."
+    )
+
+
 class _Standing(torch.optim.Optimizer):
     """An optimizer with a rate and nothing else, so that a class that moves more is refused."""
 
@@ -322,10 +333,10 @@ def _simulated(options: ScheduleOptions, total_steps: int, rate: float) -> Facto
                 factors.append(scheduler.get_last_lr()[0] / rate)
         # Classes refuse values in any of these ways, and the values are the job's.
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            told = " ".join(str(error).split()) or "without saying why"
+            told = " ".join(str(error).split()).rstrip(".") or "without saying why"
             raise OptionError(
                 f"schedule.name is {options.name}, whose class refuses what it is given "
-                f"(schedule.args: {options.args}): {told}"
+                f"(schedule.args: {options.args}): {told}. Give what it needs in schedule.args."
             ) from error
     if min(factors) < 0:
         raise OptionError(f"schedule.name is {options.name}, whose rate falls below 0.")
@@ -393,7 +404,7 @@ def _class_problem(options: ScheduleOptions) -> str | None:
     problem = argument_problem(cls, options.args, _GIVEN_BY_US, "schedule.args")
     if problem is None:
         try:
-            _simulated(options, 1, 1.0)
+            _simulated(options, 2, 1.0)
         except OptionError as error:
             return str(error)
     return problem

@@ -92,11 +92,30 @@ def _part_problems(
             "optimizer.text_encoder_stop is given, and nothing but the text encoder is trained, so "
             "that the rest of the run would move nothing. Leave it out, or shorten training.steps."
         )
+    yield from _unused_rates(optimizer, trains_denoiser, trains_text)
     trained_parts = [
         part for part, on in (("denoiser", trains_denoiser), ("text_encoder", trains_text)) if on
     ]
     if trained_parts and all(optimizer.rate_of(part) == 0 for part in trained_parts):  # type: ignore[arg-type]
         yield (
-            f"The rate of all that network.train chooses ({', '.join(trained_parts)}) is 0. Give "
-            "it a rate, or train another part."
+            f"optimizer: the rate of all that network.train chooses ({', '.join(trained_parts)}) "
+            "is 0. Give it a rate, or train another part."
         )
+
+
+def _unused_rates(
+    optimizer: OptimizerOptions, trains_denoiser: bool, trains_text: bool
+) -> Iterator[str]:
+    """What is given for all that is trained, while each part has its own."""
+    parts = [
+        part for part, on in (("denoiser", trains_denoiser), ("text_encoder", trains_text)) if on
+    ]
+    for word, own in (("learning_rate", "{}_rate"), ("lora_plus_ratio", "lora_plus_{}_ratio")):
+        owns = [own.format(part) for part in parts]
+        if getattr(optimizer, word) is None or not owns:
+            continue
+        if all(getattr(optimizer, one) is not None for one in owns):
+            yield (
+                f"optimizer.{word} is {getattr(optimizer, word):g}, and all that is trained has "
+                f"its own ({', '.join(owns)}). Leave one of them out."
+            )

@@ -207,7 +207,7 @@ class PreviewOptions(Options):
             except OptionError as error:
                 raise ValueError(f"preview.prompts.{number}: {error}") from error
             guidance = self.guidance if own.guidance is None else own.guidance
-            if own.negative and guidance <= 1:
+            if (own.negative or (own.negative is None and self.negative)) and guidance <= 1:
                 raise ValueError(
                     f"preview.prompts.{number} has a negative prompt, and guidance {guidance:g} "
                     "does not look at it. Set guidance above 1, or leave the negative prompt out."

@@ -245,7 +245,7 @@ class MemoryOptions(Options):
 class WandbOptions(Options):
     """Curves on Weights & Biases. The key comes from the environment alone (WANDB_API_KEY)."""
 
-    project: str = "raylora"
+    project: str = Field("raylora", min_length=1)
     """The project there."""
     entity: str | None = None
     """The team or person there; null is the key's own."""

@@ -10,7 +10,7 @@ from small import ROOT, small_job
 
 from raylora.base.errors import JobError
 from raylora.check import arithmetic, check_job
-from raylora.job import Job
+from raylora.job import Job, job_from
 
 HOLDOUT = str(ROOT / "jobs/quickstart/demo-data/holdout")
 
@@ -167,3 +167,74 @@ def test_a_file_to_start_from_that_is_none_is_told_by_its_option(tmp_path: Path,
     given = str(tmp_path / place) if place else place
     with pytest.raises(JobError, match=r"network\.initial: '.*' cannot be read .*Give a LoRA's"):
         check_job(small_job(str(tmp_path / "store"), network__initial=given))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            {"schedule__warmup_steps": 4, "schedule__decay_steps": 4}
+            | {"schedule__name": "warmup_stable_decay"},
+            "schedule.warmup_steps and decay_steps make 8 of the run's 6 steps. Shorten them.",
+        ),
+        (
+            {"optimizer__block_rates": {"down": "zeros", "mid": 0, "up": "zeros"}},
+            "No layer is left to train: optimizer.denoiser_rate, text_encoder_rate and block_rates "
+            "are 0 for each that network.train and network.layers choose.",
+        ),
+        (
+            {"optimizer__name": "torch.optim:SparseAdam"},
+            "optimizer.name is torch.optim:SparseAdam (torch.optim.SparseAdam), whose class cannot "
+            "make a step: SparseAdam does not support dense gradients, please consider Adam "
+            "instead. Change optimizer.args, or choose another.",
+        ),
+        (
+            {"data__validation_split": 0.01},
+            "data.validation_split is 0.01, which holds out none of 24 images. Raise it, or leave "
+            "it out.",
+        ),
+    ],
+)
+def test_what_the_first_steps_would_find_is_found_before(
+    tmp_path: Path, more: dict[str, Any], told: str
+):
+    assert problems(job(tmp_path, **more)) == [told]
+
+
+def test_a_file_that_is_no_lora_is_told_under_the_option_that_names_it(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("not a LoRA at all")
+    for option in ("network.initial", "family.loras.0.file"):
+        path = str(tmp_path / "notes.txt")
+        more = {"network__initial": path}
+        if option != "network.initial":
+            more = {"family__loras": [{"file": path}]}
+        (found,) = problems(job(tmp_path, **more))
+        assert found.startswith(f"{option} {path}: the file is not a safetensors file.")
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_of(tmp_path: Path):
+    assert check_job(job(tmp_path, schedule__warmup_steps=6)).warnings == [
+        "schedule.warmup_steps is 6, and the run has 6 steps: the rate never comes to its peak. "
+        "Lower it, e.g. to 0.05, a share of the run."
+    ]
+
+
+def test_a_section_that_does_nothing_is_warned_of_unless_it_is_switched_off_in_words(
+    tmp_path: Path,
+):
+    given = job(tmp_path)
+    assert check_job(given).warnings == []
+    tree = given.plain()
+    tree["validation"] = {"every_steps": 5}
+    tree["preview"] = {"sampler": "euler"}
+    assert check_job(job_from(tree)).warnings == [
+        "validation has every_steps, and nothing is held out. Give validation.folder, or leave "
+        "the section out.",
+        "preview has sampler, and nothing is drawn. Give preview.prompts, or leave the section "
+        "out.",
+    ]
+
+
+def test_held_out_images_that_are_trained_on_are_warned_of(tmp_path: Path):
+    (warning,) = check_job(job(tmp_path, validation__folder=f"{HOLDOUT}/")).warnings
+    assert warning.startswith(f"validation.folder is {HOLDOUT}, which is trained on too")

@@ -313,3 +313,76 @@ def test_captions_are_not_cached_where_their_encoder_is_trained(train: str):
         job = job_from(tree_with({"network.train": train, **given}))
         assert not job.data.cache_text
         assert job_from(job.plain()) == job
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"optimizer.learning_rate": 1e-4, "optimizer.denoiser_rate": 2e-4},
+            "optimizer.learning_rate is 0.0001, and all that is trained has its own "
+            "(denoiser_rate). Leave one of them out.",
+        ),
+        (
+            {"optimizer.lora_plus_ratio": 16, "optimizer.lora_plus_denoiser_ratio": 8},
+            "optimizer.lora_plus_ratio is 16, and all that is trained has its own "
+            "(lora_plus_denoiser_ratio). Leave one of them out.",
+        ),
+        (
+            {"network.kind": "locon", "network.train": "text_encoder"},
+            "network.kind is locon, and the text encoder has no convolutions. Choose lora, which "
+            "is the same there, or set network.train: both.",
+        ),
+        (
+            {"network.initial": "old.safetensors", "network.initial_ranks": True},
+            "network.rank is 8, and with network.initial_ranks it is the file's. Leave one of "
+            "them out.",
+        ),
+        (
+            {"network.initial_ranks": True, "network.rank": 16},
+            "network.initial_ranks takes the ranks of network.initial, which is not given. Give "
+            "it, or leave initial_ranks out.",
+        ),
+        (
+            {"ema.place": "host"},
+            "ema.place is host, and no average is kept. Give ema.decay, or leave it out.",
+        ),
+        (
+            {"training.keep_last": 2, "training.save_every_steps": None},
+            "training.keep_last is 2, and only the end is saved. Give training.save_every_steps "
+            "or save_every_epochs, or leave it out.",
+        ),
+        (
+            {"family.loras": [{"file": "a.safetensors", "strength": 0}]},
+            "family.loras.0.strength is 0, which adds nothing. Leave the file out, or give it a "
+            "strength.",
+        ),
+        (
+            {"preview.negative": "blurry", "preview.guidance": 1},
+            "preview.prompts.0 has a negative prompt, and guidance 1 does not look at it. Set "
+            "guidance above 1, or leave the negative prompt out.",
+        ),
+        (
+            {"preview.strengths": [100]},
+            "preview.strengths.0 is 100: input should be less than or equal to 10.",
+        ),
+        (
+            {"loss.huber_c": 0.2},
+            "loss.huber_c is 0.2, which only huber and smooth_l1 use, and loss.name is l2. Write "
+            "loss.name: huber, or leave huber_c out.",
+        ),
+        (
+            {"optimizer.name": "prodigy", "optimizer.learning_rate": None}
+            | {"optimizer.args": {"d_coef": "much"}},
+            "optimizer.args.d_coef is 'much': give a number, as 1 is.",
+        ),
+        (
+            {"optimizer.args": {"amsgrad": "banana"}},
+            "optimizer.args.amsgrad is 'banana': give true or false.",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_is_refused_with_its_place_and_what_to_do(
+    changes: dict[str, Any], told: str
+):
+    assert problems_with(changes) == [told]

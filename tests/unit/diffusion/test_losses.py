@@ -314,14 +314,14 @@ def test_masks_and_weights_of_a_batch_reach_its_loss(name: str, mask: str, by_ar
 def test_words_of_huber_are_refused_where_they_have_no_effect(name: str, word: str, value: Any):
     found = problem_of(name=name, **{word: value})
     assert found == (
-        f"{word} is {value}, which only huber and smooth_l1 use, and name is {name}. Write name: "
-        f"huber, or leave {word} out."
+        f"loss.{word} is {value}, which only huber and smooth_l1 use, and loss.name is {name}. "
+        f"Write loss.name: huber, or leave {word} out."
     )
 
 
 def test_the_snr_schedule_takes_no_scale():
     found = problem_of(name="huber", huber_scale=2.0)
-    assert found.startswith("huber_scale is 2, which the snr schedule does not use.")
+    assert found.startswith("loss.huber_scale is 2, which the snr schedule does not use.")
     assert options(name="huber", huber_scale=2.0, huber_schedule="constant").huber_scale == 2
     assert "greater than 0" in problem_of(name="huber", huber_c=0.0)
 

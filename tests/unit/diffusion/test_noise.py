@@ -300,26 +300,29 @@ def test_pure_noise_teaches_an_epsilon_model_nothing():
     [
         (
             {"offset_random": True},
-            "offset_random is true, and offset is 0. Set offset, or leave offset_random out.",
+            "noise.offset_random is true, and noise.offset is 0. Set offset, or leave "
+            "offset_random out.",
         ),
         (
             {"adaptive_scale": -0.5},
-            "adaptive_scale is -0.5, and offset is 0. Set offset, or leave adaptive_scale out.",
+            "noise.adaptive_scale is -0.5, and noise.offset is 0. Set offset, or leave "
+            "adaptive_scale out.",
         ),
         (
             {"multires_discount": 0.8},
-            "multires_discount is 0.8, and multires_iterations is 0. Set multires_iterations, or "
-            "leave multires_discount out.",
+            "noise.multires_discount is 0.8, and noise.multires_iterations is 0. Set "
+            "multires_iterations, or leave multires_discount out.",
         ),
         (
             {"input_perturbation_random": True},
-            "input_perturbation_random is true, and input_perturbation is 0. Set "
+            "noise.input_perturbation_random is true, and noise.input_perturbation is 0. Set "
             "input_perturbation, or leave input_perturbation_random out.",
         ),
         (
             {"offset": 0.1, "multires_iterations": 6},
-            "offset is 0.1 and multires_iterations 6: multiresolution noise has the coarse part "
-            "that an offset adds, and its division by the deviation would shrink the offset. Give "
+            "noise.offset is 0.1 and noise.multires_iterations 6: multiresolution noise has the "
+            "coarse part that an offset adds, and its division by the deviation would shrink the "
+            "offset. Give "
             "one of them.",
         ),
     ],
