@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
@@ -63,9 +63,11 @@ class Loader:
 
 def micro_batches(
     samples: Sequence[SampleRef], tensors: Sequence[Tensors], size: int
-) -> list[tuple[list[SampleRef], dict[str, Tensor]]]:
-    """Cut a worker's samples into batches of one bucket, at most `size` images each."""
-    batches = []
+) -> Iterator[tuple[list[SampleRef], dict[str, Tensor]]]:
+    """Cut a worker's samples into batches of one bucket, at most `size` images each.
+
+    Each is copied together when it is asked for: held-out images may be many.
+    """
     pairs = zip(samples, tensors, strict=True)
     for _, group in groupby(pairs, key=lambda pair: pair[0].bucket):
         mates = list(group)
@@ -75,5 +77,4 @@ def micro_batches(
                 name: torch.from_numpy(np.stack([tensor[name] for _, tensor in part]))
                 for name in part[0][1]
             }
-            batches.append(([sample for sample, _ in part], stacked))
-    return batches
+            yield [sample for sample, _ in part], stacked

@@ -117,21 +117,27 @@ def accumulate(
 
     Everything drawn depends on (seed, step, sample) alone, so the replay is the same step.
     """
-    scale = parts.loss_scale.factor
     while True:
         parts.sums.begin()
         try:
             for mates, batch in micro_batches(samples, tensors, parts.micro_batch):
-                numbers = [sample.number for sample in mates]
-                with parts.adapter.dropping(step, numbers):
-                    losses = sample_losses(parts, batch, numbers, step)
-                    (losses.sum() * scale).backward()
-                parts.sums.take(losses, scale=scale)
+                _accumulate_batch(parts, step, [sample.number for sample in mates], batch)
             return
         except torch.OutOfMemoryError:
             if parts.micro_batch == 1:
                 raise
         parts.halve_micro_batch(f"step {step}")
+
+
+def _accumulate_batch(
+    parts: Parts, step: int, numbers: Sequence[int], batch: dict[str, Tensor]
+) -> None:
+    """One micro-batch; a function, since its losses hold all activations where memory runs out."""
+    scale = parts.loss_scale.factor
+    with parts.adapter.dropping(step, numbers):
+        losses = sample_losses(parts, batch, numbers, step)
+        (losses.sum() * scale).backward()
+    parts.sums.take(losses, scale=scale)
 
 
 def sample_losses(

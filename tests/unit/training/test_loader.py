@@ -123,7 +123,7 @@ def test_batches_hold_every_sample_once_in_order_of_one_bucket(samples: Any, siz
     tensors = [
         {"latents": np.full((1, s.bucket[1] // 16, s.bucket[0] // 16), s.row)} for s in samples
     ]
-    batches = micro_batches(samples, tensors, size)
+    batches = list(micro_batches(samples, tensors, size))
     assert [mate for mates, _ in batches for mate in mates] == samples
     for mates, batch in batches:
         assert 1 <= len(mates) <= size
@@ -134,7 +134,7 @@ def test_batches_hold_every_sample_once_in_order_of_one_bucket(samples: Any, siz
 def test_no_batch_is_smaller_than_it_must_be():
     samples = [SampleRef(i, 0, i, BUCKETS[i // 5]) for i in range(10)]
     tensors = [{"text": np.zeros((2, 3), np.float32)}] * 10
-    batches = micro_batches(samples, tensors, 4)
+    batches = list(micro_batches(samples, tensors, 4))
     assert [len(mates) for mates, _ in batches] == [4, 1, 4, 1]
     assert batches[0][1]["text"].shape == (4, 2, 3)
     assert batches[0][1]["text"].dtype == torch.float32

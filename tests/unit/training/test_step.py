@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +103,34 @@ def test_nothing_of_a_broken_try_stays_in_the_gradient(make_job: MakeJob):
         run.close()
     assert torch.equal(results[0][1], results[1][1])
     assert torch.equal(results[0][0].loss, results[1][0].loss)
+
+
+@pytest.mark.slow
+def test_a_backward_that_ran_out_of_memory_holds_none_when_the_step_begins_again(
+    make_job: MakeJob,
+):
+    run = open_run(make_job(training__images_per_step=4))
+    parts, held = run.parts, []
+    predict = parts.predict
+
+    class RunOut:
+        def __call__(self, gradient: Tensor) -> None:
+            raise torch.OutOfMemoryError("a test's")
+
+    def first_fails(*given: Any) -> Tensor:
+        found: Tensor = predict(*given)
+        if held:
+            assert held[0]() is None, "what the broken try computed is still there"
+        else:
+            hook = RunOut()
+            found.register_hook(hook)  # which lives as long as what its backward needs
+            held.append(weakref.ref(hook))
+        return found
+
+    parts.predict = first_fails
+    train_step(parts, 0)
+    assert len(held) == 1
+    run.close()
 
 
 @pytest.mark.slow
