@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import yaml
@@ -97,14 +98,14 @@ def _names(files: Sequence[tuple[bytes, BaseLora]]) -> dict[str, str]:
 
 def _read_file(url: str, word: str) -> bytes:
     folder, _, name = url.rpartition("/")
+    if not name or Path(url).is_dir():
+        raise WeightsError(f"{word} is {url!r}, which is no file. Give a LoRA's .safetensors.")
     try:
         return open_storage(folder or ".").read(name)
     except MissingObject:
         raise WeightsError(f"{word}: there is no file {url}. Give a LoRA's .safetensors.") from None
     except StorageError as error:
-        raise WeightsError(
-            f"{word}: {url!r} cannot be read ({error}). Give a LoRA's .safetensors."
-        ) from error
+        raise WeightsError(f"{word}: {error}") from error
 
 
 def _adapter(data: bytes, called: str) -> AdapterFile:

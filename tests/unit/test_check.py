@@ -165,7 +165,9 @@ def test_what_is_seldom_meant_is_warned_of(tmp_path: Path, monkeypatch: pytest.M
 def test_a_file_to_start_from_that_is_none_is_told_by_its_option(tmp_path: Path, place: str):
     (tmp_path / "images").mkdir()
     given = str(tmp_path / place) if place else place
-    with pytest.raises(JobError, match=r"network\.initial: '.*' cannot be read .*Give a LoRA's"):
+    with pytest.raises(
+        JobError, match=r"network\.initial is '.*', which is no file. Give a LoRA's"
+    ):
         check_job(small_job(str(tmp_path / "store"), network__initial=given))
 
 
