@@ -20,6 +20,8 @@ def start_logging(level: int = logging.INFO) -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # It warns at its import that kernels for 4-bit layers are absent, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     root = logging.getLogger("raylora")
     if root.handlers:
         return
