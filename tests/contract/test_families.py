@@ -97,6 +97,7 @@ def test_tokens_and_sizes_are_known_without_weights(kind: str, tmp_path: Path):
     assert nothing == 0 < few < more < many
     assert many >= 300, "cut off"
     assert family.count_tokens([]) == []
+    assert all(len(held) == 2 for held in family.tokens(["ink icon", ""]).values())
     assert family.text_bytes > 0
     step = family.size_step
     assert 0 < 2 * family.latents_bytes((step, step)) == family.latents_bytes((step, 2 * step))
@@ -167,6 +168,20 @@ def test_attention_is_a_part_of_attention_and_mlp_in_the_same_order(kind: str):
     assert len(few) < len(many)
     assert [site for site in many if site in few] == few
     assert family.sites(denoiser, "attention_mlp") == many
+
+
+@every_kind
+def test_convolutions_are_added_to_the_layers_that_are_there_without(kind: str):
+    family, denoiser = opened(kind), denoiser_of(kind)
+    for layers in ("attention", "attention_mlp"):
+        plain = family.sites(denoiser, layers)
+        more = family.sites(denoiser, layers, convolutions=True)
+        assert [site for site in more if site in plain] == plain
+        for site in more:
+            layer = layer_at(denoiser, site.name)
+            if isinstance(layer, nn.Conv2d):
+                found = (layer.kernel_size, layer.stride, layer.padding)
+                assert found == (site.kernel, site.stride, site.padding)
 
 
 @pytest.mark.slow
@@ -351,6 +366,28 @@ def test_text_is_read_in_the_encoders_dtype(kind: str, dtype: torch.dtype):
     with torch.no_grad():
         found = read(family, encoders, CAPTIONS)
     assert {tensor.dtype for tensor in found.values()} == {dtype}
+
+
+@every_kind
+def test_gradients_reach_every_layer_of_the_text_encoders(kind: str):
+    family, encoders = opened(kind), texts_of(kind)
+    network = get_network("lora")
+    sites = family.text_sites(encoders, "attention_mlp")
+    adapter = fresh_adapter(
+        network, network.options(rank=2), sites, seed=0, dtype=torch.float32, device=CPU
+    )
+    with torch.no_grad():
+        adapter.values += 0.1 * torch.sin(torch.arange(len(adapter.values)))
+    attached = [Attachment(model, component, adapter) for component, model in encoders.items()]
+    conditions = read(family, encoders, CAPTIONS)
+    torch.stack([held.square().sum() for held in conditions.values()]).sum().backward()
+    for attachment in attached:
+        attachment.detach()
+    for site, held in adapter.parameters.items():
+        for word, leaf in held.items():
+            assert leaf.grad is not None
+            assert leaf.grad.any(), f"{site} {word}"
+    assert all(weight.grad is None for one in encoders.values() for weight in one.parameters())
 
 
 @every_kind

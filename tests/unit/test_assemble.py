@@ -207,3 +207,16 @@ def test_an_optimizer_that_finds_its_own_rate_is_left_alone(tmp_path: Path, cach
         )
         assert (run.parts.mover.rates is None) == alone
         run.close()
+
+
+def test_a_batchs_weights_are_used_where_there_are_regularisation_images(
+    tmp_path: Path, cache: str
+):
+    folder = str(ROOT / "jobs/quickstart/demo-data/holdout")
+    sets = [{"folder": folder}, {"folder": folder, "is_reg": True}]
+    for given, factor in (({}, 1.0), ({"data__folder": None, "data__sets": sets}, 0.5)):
+        run = open_run(job(tmp_path, cache, **given))
+        run.close()
+        loss, timesteps = run.parts.loss, torch.tensor([3])
+        ones = torch.ones(1, 4, 2, 2)
+        assert float(loss(ones, 2 * ones, timesteps, {"weight": torch.tensor([0.5])})) == factor

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small import ROOT, small_job
 
 from raylora.base.errors import JobError
@@ -240,3 +241,16 @@ def test_a_section_that_does_nothing_is_warned_of_unless_it_is_switched_off_in_w
 def test_held_out_images_that_are_trained_on_are_warned_of(tmp_path: Path):
     (warning,) = check_job(job(tmp_path, validation__folder=f"{HOLDOUT}/")).warnings
     assert warning.startswith(f"validation.folder is {HOLDOUT}, which is trained on too")
+
+
+def test_what_another_prediction_makes_possible_is_allowed(tmp_path: Path):
+    check_job(job(tmp_path, loss__v_pred_like=1.0, noise__prediction="epsilon"))
+    check_job(job(tmp_path, training__min_timestep=999, validation__timesteps=[0, 999]))
+
+
+def test_precisions_that_a_gpu_is_for_are_not_warned_of_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("raylora.check.pick_device", lambda job: torch.device("cuda"))
+    for precision in ("fp16", "bf16"):
+        assert check_job(job(tmp_path, training__precision=precision)).warnings == []

@@ -386,3 +386,23 @@ def test_what_would_have_no_effect_is_refused_with_its_place_and_what_to_do(
     changes: dict[str, Any], told: str
 ):
     assert problems_with(changes) == [told]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network.train": "both", "optimizer.text_encoder_rate": 1e-5},
+        {"ema.decay": 0.9, "network.max_norm": 1.0},
+        {"optimizer.name": "adamw_schedule_free", "schedule": {"name": "constant"}},
+    ],
+    ids=str,
+)
+def test_parts_that_agree_are_left_alone(changes: dict[str, Any]):
+    job_from(tree_with(changes))
+
+
+def test_a_network_that_names_no_kind_is_lora():
+    tree = tree_with({})
+    tree["network"] = {"rank": 4}
+    job = job_from(tree)
+    assert (job.network.kind, job.network.rank) == ("lora", 4)

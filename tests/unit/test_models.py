@@ -61,6 +61,9 @@ def test_a_model_whose_rate_is_0_gets_no_adapter():
     models = loaded(network__train="both", optimizer__text_encoder_rate=0)
     assert {site.component for site in models.adapter.sites} == {"unet"}
     assert [group.name for group in models.groups] == ["unet"]
+    fewer = loaded(optimizer__block_rates={"mid": 0}).adapter.sites
+    assert any(".up_blocks." in site.name for site in fewer)
+    assert not any(".mid_block." in site.name for site in fewer)
 
 
 def test_rates_follow_the_jobs_images_per_step_where_that_is_asked_for():

@@ -168,6 +168,10 @@ def test_asha_that_could_stop_none_is_refused(tmp_path: Path) -> None:
         campaign_of(tmp_path, every_trial={"training.steps": 10})
 
 
+def test_asha_may_look_at_the_last_step(tmp_path: Path) -> None:
+    assert campaign_of(tmp_path, every_trial={"training.steps": 20}).trials
+
+
 def test_a_swept_path_cannot_be_set_too(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"space\.network\.rank is swept"):
         campaign_of(tmp_path, "network.rank=8")
@@ -182,7 +186,8 @@ def test_a_trial_is_the_job_with_its_values_in_one_process(tmp_path: Path) -> No
     assert trial.job.fleet.count == 1
     assert trial.job.preview.prompts == ()
     # Each measurement has its checkpoint, so a trial may be stopped after any.
-    assert trial.job.training.save_every_steps == trial.job.validation.every_steps
+    assert trial.job.training.save_every_steps == trial.job.validation.every_steps == 50
+    assert trial.job.training.keep_last == 2
 
 
 def test_what_is_set_on_the_command_line_wins(tmp_path: Path) -> None:

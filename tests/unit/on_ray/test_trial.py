@@ -16,12 +16,33 @@ from raylora.adapt.lora_file import read_adapter
 from raylora.adapt.trained import low_ranks
 from raylora.campaign import Trial
 from raylora.models import load_adapted, open_family
-from raylora.on_ray.trial import _shown_at
+from raylora.on_ray.trial import _shown_at, prove_trial
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
+
+
+def trained(folder: Path, cache: str, **given: Any) -> Trial:
+    """A trial of three steps of both models."""
+    job = small_job(
+        str(folder),
+        **{
+            "data__folder": str(ROOT / "jobs/quickstart/demo-data/holdout"),
+            "data__cache": cache,
+            "network__train": "both",
+            "network__rank": 4,
+            "export__dtype": "float32",
+            "schedule__name": "constant",
+            "schedule__warmup_steps": 0,
+            "training__images_per_step": 1,
+            "training__steps": 3,
+            **given,
+        },
+    )
+    train_small(job)
+    return Trial(0, {}, job)
 
 
 @pytest.mark.slow
@@ -39,23 +60,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_what_is_proven_is_what_the_file_holds(
     tmp_path: Path, cache: str, given: dict[str, Any], shows_what_is_trained: bool
 ) -> None:
-    job = small_job(
-        str(tmp_path),
-        **{
-            "data__folder": str(ROOT / "jobs/quickstart/demo-data/holdout"),
-            "data__cache": cache,
-            "network__train": "both",
-            "network__rank": 4,
-            "export__dtype": "float32",
-            "schedule__name": "constant",
-            "schedule__warmup_steps": 0,
-            "training__images_per_step": 1,
-            "training__steps": 3,
-            **given,
-        },
-    )
-    train_small(job)
-    trial = Trial(0, {}, job)
+    trial = trained(tmp_path, cache, **given)
+    job = trial.job
     shown = _shown_at(trial, 3)
     file = read_adapter(trial.storage.read("checkpoints/000003/adapter.safetensors"))
     assert {kohya_name(site) for site in shown} == file.modules.keys()
@@ -65,3 +71,14 @@ def test_what_is_proven_is_what_the_file_holds(
     adapter.values.data.copy_(final_state(job)["values"])
     alike = all(torch.equal(held[1], shown[site][1]) for site, held in low_ranks(adapter).items())
     assert alike == shows_what_is_trained
+
+
+@pytest.mark.slow
+def test_diffusers_proves_a_trial_of_both_models_whose_average_is_shown(
+    tmp_path: Path, cache: str
+) -> None:
+    trial = trained(tmp_path, cache, ema__decay=0.9, network__kind="locon")
+    report = prove_trial(trial, str(tmp_path / "elsewhere"))
+    assert (report["trial"], report["steps"]) == (trial.job.name, 3)
+    assert report["modules"] == len(_shown_at(trial, 3))
+    assert report["worst_error"] < 1e-6  # the file holds fp32
