@@ -27,6 +27,7 @@ from raylora.data.supply import Supply, Tokens, measured_tensors
 from raylora.data.variants import Chooser
 from raylora.diffusion.losses import loss_problems, make_loss
 from raylora.diffusion.noise import make_noise, noise_problems, trained_process
+from raylora.diffusion.samplers import starts_from_pure_noise
 from raylora.families import Family
 from raylora.header import adapter_facts, find_license, image_facts
 from raylora.job import Job
@@ -122,7 +123,7 @@ def base_problems(job: Job, family: Family) -> list[str]:
             f"training.min_timestep {job.training.min_timestep} and max_timestep {high}: the base "
             f"has timesteps 0 to {last - 1}."
         )
-    pure_noise = job.noise.zero_terminal_snr
+    pure_noise = starts_from_pure_noise(process)
     found += job.preview.problems(size_step=step, pure_noise=pure_noise)
     found += report_problems(job.log)
     wrong = [t for t in job.validation.timesteps if not 0 <= t < last]

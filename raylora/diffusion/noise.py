@@ -100,7 +100,8 @@ class NoiseOptions(Options):
         ),
     )
     """Train the last timestep on pure noise, for true black and white. For bases that predict v;
-    sample with a scheduler that is rescaled likewise."""
+    sample with a scheduler that is rescaled likewise. A base whose scheduler config has
+    `rescale_betas_zero_snr` is trained so in any case."""
     prediction: Prediction | None = Field(
         None,
         json_schema_extra=known_as(

@@ -15,7 +15,8 @@ def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> Tensor:
     """Share of signal left at each timestep, from a base model's scheduler config.
 
     Returns:
-        (num_train_timesteps,) float64 in (0, 1), falling.
+        (num_train_timesteps,) float64 in (0, 1), falling; the last is 0 where the config has
+        `rescale_betas_zero_snr`.
 
     Raises:
         WeightsError: the config names a beta schedule raylora does not know.
@@ -35,7 +36,9 @@ def alphas_cumprod(scheduler_config: Mapping[str, Any]) -> Tensor:
             f"scheduler_config.json has beta_schedule {kind!r}; raylora knows scaled_linear and "
             "linear."
         )
-    return torch.cumprod(1.0 - betas, dim=0)
+    shares = torch.cumprod(1.0 - betas, dim=0)
+    rescaled = bool(scheduler_config.get("rescale_betas_zero_snr"))
+    return rescaled_zero_terminal(shares) if rescaled else shares
 
 
 def rescaled_zero_terminal(alphas_cumprod: Tensor) -> Tensor:

@@ -44,6 +44,20 @@ def test_a_saved_config_of_diffusers_is_read_as_it_is():
     assert 0 < found[-1] < 0.005
 
 
+@pytest.mark.slow
+def test_a_base_that_was_trained_to_pure_noise_is_trained_so():
+    from diffusers.schedulers import DDIMScheduler
+
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    plain = alphas_cumprod({**config, "rescale_betas_zero_snr": False})
+    found = alphas_cumprod({**config, "rescale_betas_zero_snr": True})
+    assert torch.equal(plain, alphas_cumprod(config))
+    assert float(found[-1]) == 0 < float(plain[-1])
+    theirs = DDIMScheduler(**config, rescale_betas_zero_snr=True).alphas_cumprod.double()
+    assert_close(found, theirs, rtol=0, atol=1e-6)  # theirs are float32
+    assert_close(rescaled_zero_terminal(found), found, rtol=0, atol=1e-15)
+
+
 def test_without_a_word_for_it_the_betas_are_linear_as_in_diffusers():
     given = {"num_train_timesteps": 3, "beta_start": 0.1, "beta_end": 0.3}
     expected = torch.tensor([0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.7], dtype=torch.float64)
