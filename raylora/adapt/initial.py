@@ -146,8 +146,8 @@ def _refuse_other_ranks(
     if wrong:
         raise WeightsError(
             f"network.initial has other ranks than this job at {len(wrong)} layers: "
-            f"{_some(wrong)}. Set network.initial_ranks: true to take the file's, or set "
-            "network.rank to them."
+            f"{_some(wrong)}. Set network.initial_ranks: true in place of network.rank to "
+            "take the file's, or set network.rank to them."
         )
 
 

@@ -182,21 +182,23 @@ def test_a_locon_without_more_says_what_its_convolutions_have(tmp_path: Path):
 
 def test_ranks_of_a_file_are_not_the_jobs(tmp_path: Path):
     more = {"network__initial": "a.safetensors", "network__initial_ranks": True}
+    more |= {"network__rank": 16}  # as where a job says nothing
     found = words(tmp_path, **more)
     assert found["ss_network_dim"] == found["ss_network_alpha"] == "None"
 
 
 def test_rates_are_those_of_what_is_trained(tmp_path: Path):
     rates = {
-        "optimizer__learning_rate": 1e-3,
+        "optimizer__learning_rate": None,
         "optimizer__denoiser_rate": 5e-4,
         "optimizer__text_encoder_rate": 5e-5,
     }
     both = words(tmp_path, network__train="both", **rates)
-    assert both["ss_learning_rate"] == "0.001"
+    assert both["ss_learning_rate"] == "0.0001"
     assert both["ss_unet_lr"] == "0.0005"
     assert both["ss_text_encoder_lr"] == "[5e-05]"
-    text = words(tmp_path, network__train="text_encoder", optimizer__text_encoder_rate=5e-5)
+    alone = {name: rates[name] for name in rates if "denoiser" not in name}
+    text = words(tmp_path, network__train="text_encoder", **alone)
     assert (text["ss_unet_lr"], text["ss_text_encoder_lr"]) == ("None", "[5e-05]")
 
 

@@ -112,7 +112,8 @@ def test_another_rank_than_the_jobs_is_refused() -> None:
         initial_weights(held, [PROJ, Q], LoraOptions(rank=3), fresh)
     assert str(caught.value) == (
         f"network.initial has other ranks than this job at 1 layers: {Q.name} (rank 2, the job's "
-        "is 3). Set network.initial_ranks: true to take the file's, or set network.rank to them."
+        "is 3). Set network.initial_ranks: true in place of network.rank to take the file's, or "
+        "set network.rank to them."
     )
 
 
