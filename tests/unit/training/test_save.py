@@ -13,6 +13,7 @@ from small import MakeJob, open_run
 from torch.testing import assert_close
 
 from raylora.adapt.keys import kohya_name
+from raylora.adapt.lora_file import read_adapter
 from raylora.base.errors import ExportError
 from raylora.job import job_from
 from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
@@ -45,6 +46,16 @@ def test_the_file_holds_what_was_trained_and_alpha_in_float32(make_job: MakeJob,
             assert held.dtype == getattr(torch, dtype)
             assert held.dim() == (4 if site.kind == "conv" else 2)
             assert torch.equal(held.flatten(1), leaf.detach().to(held.dtype))
+
+
+@pytest.mark.parametrize("naming", ["kohya", "diffusers"])
+def test_layers_are_named_as_the_job_asks(make_job: MakeJob, naming: str):
+    run = open_run(make_job(export__naming=naming, network__rank=2), report=True)
+    assert run.saver is not None
+    file = read_adapter(run.saver.file(run.parts, 0))
+    run.close()
+    assert file.naming == naming
+    assert len(file.modules) == len(run.parts.adapter.sites)
 
 
 def test_the_header_holds_the_whole_job(make_job: MakeJob, tmp_path):
