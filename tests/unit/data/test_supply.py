@@ -328,3 +328,26 @@ def test_held_out_captions_of_a_trained_encoder_are_whole_and_pictures_have_mask
         assert np.array_equal(one["latents"], cached["latents"])
         assert one["mask"].shape == (1, *one["latents"].shape[-2:])
         assert one["mask"].min() == one["weight"] == 1.0
+
+
+def test_what_is_preserved_is_told_of_each_showing_where_any_set_asks_for_it(
+    tmp_path: Path, cache_url: str
+):
+    sets = []
+    for name, count in (("plain", 4), ("kept", 2), ("reg", 2)):
+        folder = fill_folder(tmp_path / name, count, shapes=[(96, 96)])
+        sets.append({"folder": folder.url, "is_reg": name != "plain"})
+    for asked in (True, False):
+        sets[1]["output_preservation"] = asked
+        dataset = build(small_sets(*sets), cache_url, NumpyEncoder())
+        supply, plan = supply_of(dataset)
+        samples = [one for step in range(plan.steps_per_epoch) for one in plan.samples(step)]
+        shown = supply.fetch(samples, 0)
+        if not asked:
+            assert not any("preserve" in one for one in shown)
+            continue
+        found = {
+            (dataset.rows[sample.row].set, float(one["preserve"]))
+            for sample, one in zip(samples, shown, strict=True)
+        }
+        assert found == {(0, 0.0), (1, 1.0), (2, 0.0)}

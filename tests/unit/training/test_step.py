@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -381,3 +382,21 @@ def test_a_step_of_all_kinds_of_images_is_the_same_for_any_micro_batch_in_fp64(
     (losses, values), expected = found
     assert_close(losses, expected[0], rtol=1e-12, atol=0)
     assert_close(values, expected[1], rtol=0, atol=1e-11)  # fp64, through Adam's division
+
+
+def test_waiting_for_tensors_and_computing_are_told_apart(make_job: MakeJob):
+    run = open_run(make_job(training__images_per_step=1))
+    take = run.parts.loader.take
+
+    def slowly(step: int) -> Any:
+        time.sleep(0.05)
+        return take(step)
+
+    run.parts.loader.take = slowly  # type: ignore[method-assign]
+    began = time.perf_counter()
+    result = train_step(run.parts, 0)
+    whole = time.perf_counter() - began
+    run.close()
+    assert 0.05 <= result.wait_seconds
+    assert 0 < result.my_seconds
+    assert result.wait_seconds + result.my_seconds <= whole

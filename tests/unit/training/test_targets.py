@@ -80,6 +80,23 @@ def test_the_step_shows_and_asks_for_what_the_noise_section_says(
     run.close()
 
 
+@pytest.mark.parametrize(
+    "noise", [{}, {"prediction": "epsilon"}, {"zero_terminal_snr": True}], ids=str
+)
+def test_the_loss_is_weighed_as_what_is_trained_and_not_as_the_base_was(
+    make_job: MakeJob, noise: dict[str, Any]
+):
+    run = open_run(make_job(noise=noise, loss={"weight": {"name": "min_snr", "gamma": 5.0}}))
+    timesteps = torch.tensor([10, 500, 998])
+    prediction = torch.ones(3, 4, 2, 2, dtype=torch.float64)
+    found = run.parts.loss(prediction, torch.zeros_like(prediction), timesteps, {})
+    run.close()
+    shares = shares_of(noise)[timesteps]
+    snr = shares / (1 - shares)
+    below = snr if noise.get("prediction") == "epsilon" else snr + 1
+    assert_close(found.double(), snr.clamp(max=5) / below, rtol=1e-5, atol=0)
+
+
 def shares_of(noise: dict[str, Any]) -> Tensor:
     """Shares of signal of the tiny base, written from its config."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
