@@ -25,9 +25,8 @@ from raylora.data.options import SetOptions
 from raylora.data.steps import StepPlan
 from raylora.data.supply import Supply, Tokens, measured_tensors
 from raylora.data.variants import Chooser
-from raylora.diffusion.losses import loss_problems, make_loss
-from raylora.diffusion.noise import make_noise, noise_problems, trained_process
-from raylora.diffusion.samplers import starts_from_pure_noise
+from raylora.diffusion.losses import make_loss
+from raylora.diffusion.noise import make_noise, trained_process
 from raylora.families import Family
 from raylora.header import adapter_facts, find_license, image_facts
 from raylora.job import Job
@@ -35,7 +34,6 @@ from raylora.models import PRECISIONS, Adapted, load_adapted
 from raylora.optim.groups import rates_at, text_stop_step
 from raylora.optim.optimizers import (
     make_optimizer,
-    optimizer_problem,
     sets_rate,
     wants_shapes,
 )
@@ -60,7 +58,7 @@ from raylora.training.sample import Previews
 from raylora.training.save import Saver
 from raylora.training.shares import Shares
 from raylora.training.sums import ExactSums, RoundedSums
-from raylora.training.trackers import make_trackers, report_problems
+from raylora.training.trackers import make_trackers
 from raylora.training.validate import Validation
 
 log = get_logger("train")
@@ -94,42 +92,6 @@ def claim(
         return storage, None
     result: dict[str, Any] = json.loads(storage.read("result.json"))
     return storage, {**result, "already_done": True}
-
-
-def base_problems(job: Job, family: Family) -> list[str]:
-    """Sizes, timesteps, noise and losses that this base cannot take, one sentence each."""
-    process = trained_process(family.process, job.noise)
-    step = family.size_step
-    found = [*noise_problems(job.noise, family.process), *loss_problems(job.loss, process)]
-    problem = optimizer_problem(job.optimizer, pick_device(job).type)
-    found += [problem] if problem else []
-    sides = {}
-    for number, options in enumerate(job.sets):
-        place = f"data.sets.{number}" if job.data.sets else "data"
-        if not options.enable_bucket:
-            sides[f"{place}.resolution"] = options.resolution
-        elif options.bucket_reso_steps % step:
-            found.append(
-                f"{place}.bucket_reso_steps is {options.bucket_reso_steps}; this base needs a "
-                f"multiple of {step}."
-            )
-    for name, size in sides.items():
-        if any(side % step for side in size):
-            found.append(f"{name} {size[0]}x{size[1]}: this base needs multiples of {step}.")
-    last = family.process.steps
-    high = job.training.max_timestep or last
-    if high > last or job.training.min_timestep >= high:
-        found.append(
-            f"training.min_timestep {job.training.min_timestep} and max_timestep {high}: the base "
-            f"has timesteps 0 to {last - 1}."
-        )
-    pure_noise = starts_from_pure_noise(process)
-    found += job.preview.problems(size_step=step, pure_noise=pure_noise)
-    found += report_problems(job.log)
-    wrong = [t for t in job.validation.timesteps if not 0 <= t < last]
-    if wrong:
-        found.append(f"validation.timesteps {wrong}: the base has timesteps 0 to {last - 1}.")
-    return found
 
 
 def pick_device(job: Job) -> torch.device:

@@ -11,7 +11,6 @@ import torch
 
 from raylora.arithmetic import count_bytes, count_job, count_tokens, token_advice
 from raylora.assemble import (
-    base_problems,
     pick_device,
     plan_dataset,
     set_groups,
@@ -22,11 +21,15 @@ from raylora.base.options import Options
 from raylora.base.storage import open_storage
 from raylora.data.dataset import CachePlan
 from raylora.data.steps import StepPlan
+from raylora.diffusion.losses import loss_problems
+from raylora.diffusion.noise import noise_problems, trained_process
+from raylora.diffusion.samplers import starts_from_pure_noise
 from raylora.families import Family
 from raylora.job import Job
 from raylora.models import files_fit, open_family, with_seed
-from raylora.optim.optimizers import optimizer_warning
+from raylora.optim.optimizers import optimizer_problem, optimizer_warning
 from raylora.optim.schedules import make_schedule, schedule_warning
+from raylora.training.trackers import report_problems
 
 T = TypeVar("T")
 
@@ -80,6 +83,42 @@ def check_job(job: Job, *, rehash: bool = False) -> Checked:
     advice = token_advice(tokens, family)
     warnings = [*_warnings(job, plans), *([advice] if advice else [])]
     return Checked(job, family, plans, warnings, tokens)
+
+
+def base_problems(job: Job, family: Family) -> list[str]:
+    """Sizes, timesteps, noise and losses that this base cannot take, one sentence each."""
+    process = trained_process(family.process, job.noise)
+    step = family.size_step
+    found = [*noise_problems(job.noise, family.process), *loss_problems(job.loss, process)]
+    problem = optimizer_problem(job.optimizer, pick_device(job).type)
+    found += [problem] if problem else []
+    sides = {}
+    for number, options in enumerate(job.sets):
+        place = f"data.sets.{number}" if job.data.sets else "data"
+        if not options.enable_bucket:
+            sides[f"{place}.resolution"] = options.resolution
+        elif options.bucket_reso_steps % step:
+            found.append(
+                f"{place}.bucket_reso_steps is {options.bucket_reso_steps}; this base needs a "
+                f"multiple of {step}."
+            )
+    for name, size in sides.items():
+        if any(side % step for side in size):
+            found.append(f"{name} {size[0]}x{size[1]}: this base needs multiples of {step}.")
+    last = family.process.steps
+    high = job.training.max_timestep or last
+    if high > last or job.training.min_timestep >= high:
+        found.append(
+            f"training.min_timestep {job.training.min_timestep} and max_timestep {high}: the base "
+            f"has timesteps 0 to {last - 1}."
+        )
+    pure_noise = starts_from_pure_noise(process)
+    found += job.preview.problems(size_step=step, pure_noise=pure_noise)
+    found += report_problems(job.log)
+    wrong = [t for t in job.validation.timesteps if not 0 <= t < last]
+    if wrong:
+        found.append(f"validation.timesteps {wrong}: the base has timesteps 0 to {last - 1}.")
+    return found
 
 
 def arithmetic(checked: Checked) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler
 
-from raylora.assemble import Datasets, base_problems, claim
+from raylora.assemble import Datasets, claim
 from raylora.base.errors import JobError, RayloraError, TrainingError, UserError
 from raylora.base.log import get_logger
 from raylora.campaign import (
@@ -31,7 +31,7 @@ from raylora.campaign import (
     write_leaderboard,
     write_space,
 )
-from raylora.check import Checked, check_job
+from raylora.check import Checked, base_problems, check_job
 from raylora.job import Job, with_overrides
 from raylora.on_ray.cache import prepare_on_ray
 from raylora.on_ray.trial import prove_trial, run_trial, trial_steps
