@@ -292,6 +292,11 @@ def _data_problems(job: Job, sets: tuple[SetOptions, ...]) -> Iterable[str]:
                 f"data: the regularisation images of group {group} have no other images to keep "
                 "the balance with. Add a set of the same group without is_reg."
             )
+    if any(one.validation_seed for one in sets) and not any(one.validation_split for one in sets):
+        yield (
+            "data.validation_seed chooses which images data.validation_split holds out, which is "
+            "not given. Give it, or leave the seed out."
+        )
     if job.validation.folder is not None and any(one.validation_split for one in sets):
         yield "data.validation_split and validation.folder: give one of them."
     yield from held_out_problems(

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from raylora.adapt.attach import Adapter, first_weights
 from raylora.adapt.deltas import LowRank
 from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule
+from raylora.base.site import Site
+from raylora.networks import Network, NetworkOptions
 
 TINY_BASE = Path(__file__).parents[1] / "jobs" / "quickstart" / "tiny-sd"
 GOLDEN = Path(__file__).parent / "golden" / "lora_file"
@@ -95,3 +98,18 @@ def sd15_components() -> dict[str, nn.Module]:
             "unet": UNet2DConditionModel(**SD15_UNET),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15_TEXT)),
         }
+
+
+def fresh_adapter(
+    network: Network,
+    options: NetworkOptions,
+    sites: Sequence[Site],
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Adapter:
+    """A new adapter; each site's first weights come from its own name and the seed."""
+    initial = first_weights(network, options, sites, seed=seed)
+    scales = {site.name: options.scale_at(site) for site in sites}
+    return Adapter(network, sites, initial, scales, dtype=dtype, device=device)

@@ -125,21 +125,6 @@ class Adapter:
         return exported
 
 
-def fresh_adapter(
-    network: Network,
-    options: NetworkOptions,
-    sites: Sequence[Site],
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Adapter:
-    """A new adapter; each site's first weights come from its own name and the seed."""
-    initial = first_weights(network, options, sites, seed=seed)
-    scales = {site.name: options.scale_at(site) for site in sites}
-    return Adapter(network, sites, initial, scales, dtype=dtype, device=device)
-
-
 def first_weights(
     network: Network, options: NetworkOptions, sites: Sequence[Site], *, seed: int
 ) -> dict[str, dict[str, NDArray[np.float64]]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from raylora.adapt.keys import component_of, kohya_name
 from raylora.adapt.lora_file import DOWN, UP, AdapterFile, AdapterModule
 from raylora.base.errors import WeightsError
+from raylora.base.lookup import some_of
 from raylora.base.site import Site
 from raylora.networks import NetworkOptions
 
@@ -131,7 +132,8 @@ def _refuse_untrained(modules: Mapping[str, AdapterModule], sites: Sequence[Site
         )
     raise WeightsError(
         f"network.initial has {len(left)} layers that this job does not train, "
-        f"{_some(left)}. So that nothing of it is lost, {remedy}; or start from another file."
+        f"{some_of(left, _NAMED)}. So that nothing of it is lost, {remedy}; or start from another "
+        "file."
     )
 
 
@@ -146,14 +148,9 @@ def _refuse_other_ranks(
     if wrong:
         raise WeightsError(
             f"network.initial has other ranks than this job at {len(wrong)} layers: "
-            f"{_some(wrong)}. Set network.initial_ranks: true in place of network.rank to "
-            "take the file's, or set network.rank to them."
+            f"{some_of(wrong, _NAMED)}. Set network.initial_ranks: true in place of network.rank "
+            "to take the file's, or set network.rank to them."
         )
-
-
-def _some(words: Sequence[str]) -> str:
-    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
-    return ", ".join(words[:_NAMED]) + more
 
 
 def _times(kernel: tuple[int, ...]) -> str:

@@ -25,6 +25,7 @@ from raylora.adapt.deltas import LowRank, at_scale, delta_distance, delta_norm
 from raylora.adapt.keys import split_peft_key
 from raylora.adapt.safetensors_format import open_source, read_header, read_tensors
 from raylora.base.errors import ExportError
+from raylora.base.lookup import some_of
 
 _NAMED = 5  # faults of one kind that a message names
 
@@ -70,7 +71,7 @@ class Reading:
             return []
         return [
             "alpha differs between modules, and diffusers would apply another alpha / rank than "
-            f"the file says: {_some(wrong)}"
+            f"the file says: {some_of(wrong, _NAMED)}"
         ]
 
 
@@ -111,11 +112,11 @@ def compare(read: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> Comp
     """Hold every module that was read against what was trained."""
     problems = []
     if missing := sorted(set(trained) - set(read)):
-        problems.append(f"missing from the file: {_some(missing)}")
+        problems.append(f"missing from the file: {some_of(missing, _NAMED)}")
     # A module that adds nothing may be there only so that diffusers sees the others.
     more = sorted(set(read) - set(trained))
     if extra := [name for name in more if delta_norm([read[name]])]:
-        problems.append(f"in the file but never trained: {_some(extra)}")
+        problems.append(f"in the file but never trained: {some_of(extra, _NAMED)}")
     errors: dict[str, float] = {}
     wrong: list[str] = []
     both = sorted(set(read) & set(trained))
@@ -134,7 +135,9 @@ def compare(read: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> Comp
             wrong.append(name)
     wrong.sort(key=lambda name: -errors[name])
     if wrong:
-        problems.append(f"ΔW differs: {_some([f'{n} by {errors[n]:.1%}' for n in wrong])}")
+        problems.append(
+            f"ΔW differs: {some_of([f'{n} by {errors[n]:.1%}' for n in wrong], _NAMED)}"
+        )
     worst = max(both, key=lambda name: errors[name], default="")
     return Comparison(
         modules=len(both),
@@ -238,11 +241,6 @@ def _of_component(words: Mapping[str, Any], component: str) -> dict[str, Any]:
 
 def _same_shape(first: LowRank, second: LowRank) -> bool:
     return first[0].shape[1:] == second[0].shape[1:] and first[1].shape[0] == second[1].shape[0]
-
-
-def _some(words: list[str]) -> str:
-    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
-    return ", ".join(words[:_NAMED]) + more
 
 
 def _trained(blob: bytes) -> dict[str, LowRank]:

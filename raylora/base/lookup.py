@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 from raylora.base.errors import OptionError
@@ -36,3 +36,9 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     if near:
         return f" Did you mean {near[0]!r}?"
     return f" Allowed: {', '.join(words)}." if words else ""
+
+
+def some_of(words: Sequence[str], most: int) -> str:
+    """The first words for a message, and how many more there are."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more

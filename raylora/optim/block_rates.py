@@ -67,6 +67,12 @@ class BlockRates(Options):
                 f"optimizer.block_rates.zero_threshold is {self.zero_threshold:g}, and no block "
                 "has a rate of its own. Give down, mid or up, or leave it out."
             )
+        for word in ("down", "mid", "up"):
+            if getattr(self, word) in ((), []):
+                raise ValueError(
+                    f"optimizer.block_rates.{word} is an empty list. Give a number for each block, "
+                    "or leave it out."
+                )
         try:
             block_weights(self)
         except OptionError as error:

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapters import fresh_adapter
 from bases import open_tiny, tiny_folder
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from raylora.adapt.attach import Attachment, fresh_adapter
+from raylora.adapt.attach import Attachment
 from raylora.adapt.keys import kohya_name, layer_at
 from raylora.base.encoder import Encoder
 from raylora.base.errors import WeightsError

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import fresh_adapter
 from bases import TINY, open_tiny
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from raylora.adapt.attach import Adapter, Attachment, fresh_adapter
+from raylora.adapt.attach import Adapter, Attachment
 from raylora.adapt.dropout import Dropout
 from raylora.adapt.keys import Naming, kohya_name
 from raylora.adapt.lora_file import AdapterModule, adapter_bytes, read_adapter
@@ -161,9 +162,15 @@ def test_first_weights_come_from_the_seed_and_the_layers_name(kind: str):
     assert not torch.equal(held, first[: len(held)])
 
 
+def masked(hidden: Tensor) -> Tensor:
+    """A gate that leaves out half of the numbers."""
+    return hidden * ((normal(13, *hidden.shape) > 0) / 0.5)
+
+
 @every_kind
 @every_site
-def test_its_gradients_are_those_of_finite_differences(kind: str, site: Site):
+@pytest.mark.parametrize("gate", [None, masked], ids=["open", "gate"])
+def test_its_gradients_are_those_of_finite_differences(kind: str, site: Site, gate: Gate | None):
     adapter = moved(adapter_for(kind))
     words = list(adapter.parameters[site.name])
     leaves = [adapter.parameters[site.name][word].detach().requires_grad_() for word in words]
@@ -171,7 +178,7 @@ def test_its_gradients_are_those_of_finite_differences(kind: str, site: Site):
 
     def adapted(x: Tensor, base: Tensor, *leaves: Tensor) -> Tensor:
         held = dict(zip(words, leaves, strict=True))
-        return adapter.network.forward(held, x, base, 0.7, site, None)
+        return adapter.network.forward(held, x, base, 0.7, site, gate)
 
     assert torch.autograd.gradcheck(adapted, (x, base, *leaves))
 
@@ -206,25 +213,6 @@ def test_a_gate_gets_the_ranks_and_what_it_leaves_out_is_not_added(kind: str, si
     assert_close(sum(parts), 2 * (whole - base), rtol=0, atol=1e-12)
     assert_close(site_forward(adapter, site, x, base, lambda h: h), whole, rtol=0, atol=1e-12)
     assert torch.equal(site_forward(adapter, site, x, base, lambda h: h * 0), base)
-
-
-@every_kind
-@every_site
-def test_its_gradients_behind_a_gate_are_those_of_finite_differences(kind: str, site: Site):
-    adapter = moved(adapter_for(kind))
-    words = list(adapter.parameters[site.name])
-    leaves = [adapter.parameters[site.name][word].detach().requires_grad_() for word in words]
-    x, base = (tensor.requires_grad_() for tensor in site_input(site))
-
-    def adapted(x: Tensor, base: Tensor, *leaves: Tensor) -> Tensor:
-        held = dict(zip(words, leaves, strict=True))
-        return adapter.network.forward(held, x, base, 0.7, site, masked)
-
-    def masked(hidden: Tensor) -> Tensor:
-        drawn = normal(13, *hidden.shape)
-        return hidden * ((drawn > 0) / 0.5)
-
-    assert torch.autograd.gradcheck(adapted, (x, base, *leaves))
 
 
 @every_kind

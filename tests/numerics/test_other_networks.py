@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import fresh_adapter
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from raylora.adapt.attach import Adapter, Attachment, fresh_adapter
+from raylora.adapt.attach import Adapter, Attachment
 from raylora.families import site_of
 from raylora.networks import get_network
 from raylora.networks.locon import LoconOptions

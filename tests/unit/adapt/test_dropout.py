@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from adapters import fresh_adapter
 from torch import Tensor
 from torch.testing import assert_close
 
-from raylora.adapt.attach import Adapter, Attachment, fresh_adapter
+from raylora.adapt.attach import Adapter, Attachment
 from raylora.adapt.dropout import Dropout
 from raylora.base.seeds import sample_number
 from raylora.base.site import Site

@@ -347,6 +347,12 @@ MASKS = {"loss": {"mask": "plain"}}
             "data.validation_split and validation.folder: give one of them.",
         ),
         (
+            {"validation_seed": 3},
+            {},
+            "data.validation_seed chooses which images data.validation_split holds out, which is "
+            "not given. Give it, or leave the seed out.",
+        ),
+        (
             {"prior_loss_weight": 0.5},
             {},
             "data.prior_loss_weight is 0.5, and no set has is_reg: true. Mark the regularisation "
@@ -395,6 +401,7 @@ def test_words_that_do_not_agree_are_told_when_the_job_is_read(
         ({"variants": 4, "flip_aug": True, "cache_text": False}, {}),
         ({"variants": 4, "sets": [{}, {"random_crop": True}]}, {}),
         ({"validation_split": 0.1}, {}),
+        ({"validation_seed": 3, "sets": [{}, {"validation_split": 0.1}]}, {}),
         ({}, {"validation": {"folder": "held"}}),
     ],
 )

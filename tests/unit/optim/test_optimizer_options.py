@@ -140,6 +140,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text_encoder_stop": 1.0}, "less than 1"),
     ({"text_encoder_stop": 0.5, "text_encoder_rate": 0}, "text_encoder_rate is 0"),
     ({"block_rates": {"mid": 0.5}, "denoiser_rate": 0}, "denoiser_rate is 0"),
+    ({"block_rates": {"down": []}}, "block_rates.down is an empty list"),
     ({"lora_plus_ratio": 0}, "greater than 0"),
     (
         {
