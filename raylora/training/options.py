@@ -233,7 +233,7 @@ class MemoryOptions(Options):
         ),
     )
     """Keep only each block's input and compute the block again for its gradients: the same numbers
-    for a third less memory or better, at about a third more time."""
+    with less memory, for the time of one more forward pass."""
     max_micro_batch: int | None = Field(None, ge=1)
     """Images that go through the denoiser together, at most; out of memory halves it. Null is 8, or
     1 where training.sums is exact, which allows no more."""
