@@ -16,6 +16,7 @@ import torch
 
 from raylora.adapt.metadata import adapter_metadata
 from raylora.adapt.norm_cap import NormCap
+from raylora.adapt.onto import names_of
 from raylora.adapt.proof import ExportProver
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage, open_storage
@@ -23,12 +24,13 @@ from raylora.base.units import mib
 from raylora.data.dataset import CachePlan, Dataset, WorkItem, load_dataset, prepare
 from raylora.data.options import SetOptions
 from raylora.data.steps import StepPlan
-from raylora.data.supply import Supply, Tokens, measured_tensors
+from raylora.data.supply import Extras, Supply, measured_tensors
 from raylora.data.variants import Chooser
 from raylora.diffusion.losses import make_loss
 from raylora.diffusion.noise import make_noise, trained_process
+from raylora.diffusion.timesteps import make_timesteps
 from raylora.families import Family
-from raylora.header import adapter_facts, find_license, image_facts
+from raylora.header import adapter_facts, image_facts
 from raylora.job import Job
 from raylora.models import PRECISIONS, Adapted, load_adapted
 from raylora.optim.groups import rates_at, text_stop_step
@@ -38,6 +40,7 @@ from raylora.optim.optimizers import (
     wants_shapes,
 )
 from raylora.optim.schedules import make_schedule
+from raylora.preview.options import usual_of
 from raylora.training.course import Course, steps_between
 from raylora.training.ema import Ema
 from raylora.training.finish import finish_run
@@ -59,7 +62,7 @@ from raylora.training.save import Saver
 from raylora.training.shares import Shares
 from raylora.training.sums import ExactSums, RoundedSums
 from raylora.training.trackers import make_trackers
-from raylora.training.validate import Validation
+from raylora.training.validate import Measured, Validation
 
 log = get_logger("train")
 
@@ -178,7 +181,8 @@ def make_run(
     tokens = family.tokens if job.network.trains_text else None
     live = job.data.pictures_live or (job.data.texts_live and tokens is None)
     encoder = family.load_encoder(device=device) if live else None
-    supply = Supply(datasets.training, plan, chooser, encoder, tokens)
+    extras = Extras(family.wants_geometry, family.encoder_dropout)
+    supply = Supply(datasets.training, plan, chooser, encoder, tokens, extras)
     loader = Loader(supply, plan, shares, group.rank)
     parts = _make_parts(job, family, loader, group, shares, total, device)
     first = group.rank == 0 and report
@@ -189,13 +193,17 @@ def make_run(
         prover.start()  # its imports take seconds; they are over when the first save comes
     make_saver = partial(_make_saver, job, family, datasets, plan, total, storage, prover)
     held_out = datasets.validation
+    measured = partial(measured_tensors, tokens=tokens, extras=extras)
+    preview = job.preview.with_usual(usual_of(family, job.family))
     return Run(
         parts=parts,
         course=_course(job, total, plan.steps_per_epoch),
         storage=storage,
         content=content(family, datasets),
-        validation=_make_validation(job, datasets.training, held_out, tokens) if held_out else None,
-        previews=Previews(family, job.preview, storage) if job.preview.prompts else None,
+        validation=_make_validation(job, datasets.training, held_out, measured)
+        if held_out
+        else None,
+        previews=Previews(family, preview, storage) if preview.prompts else None,
         reporter=reporter,
         saver=make_saver(attempt) if first else None,
     )
@@ -268,10 +276,17 @@ def _make_parts(
         sums=ExactSums(adapter) if exact_sums else RoundedSums(adapter),
         micro_batch=1 if exact_sums else job.memory.max_micro_batch or MICRO_BATCH,
         seed=job.seed,
-        timesteps=(job.training.min_timestep, job.training.max_timestep or process.steps),
+        timesteps=make_timesteps(
+            job.timesteps.with_usual(family.usual_draw, family.usual_shift),
+            process,
+            family.base.config("scheduler"),
+            low=job.training.min_timestep,
+            high=job.training.max_timestep,
+        ),
         dtype=dtype,
         device=device,
         skip_broken=job.training.on_nan == "skip",
+        under=models.under,
     )
 
 
@@ -322,7 +337,7 @@ def _text_reader(
 
 
 def _make_validation(
-    job: Job, training: Dataset, held_out: Dataset, tokens: Tokens | None
+    job: Job, training: Dataset, held_out: Dataset, measured: Measured
 ) -> Validation:
     options = job.validation
     return Validation(
@@ -330,7 +345,7 @@ def _make_validation(
         options.timesteps,
         training=training,
         training_images=options.training_images,
-        measured=partial(measured_tensors, tokens=tokens),
+        measured=measured,
     )
 
 
@@ -383,7 +398,7 @@ def _make_saver(
     prover: ExportProver | None,
     attempt: int,
 ) -> Saver:
-    started, licence = time.time(), find_license(family.folder)
+    started, licence = time.time(), family.base.license or ""
     images = image_facts(job, datasets.training)
 
     def metadata(step: int) -> dict[str, str]:
@@ -409,5 +424,6 @@ def _make_saver(
         prover=prover,
         keep_last=job.training.keep_last,
         attempt=attempt,
+        names=names_of(family),
         naming=job.export.naming,
     )

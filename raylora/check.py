@@ -23,12 +23,13 @@ from raylora.data.dataset import CachePlan
 from raylora.data.steps import StepPlan
 from raylora.diffusion.losses import loss_problems
 from raylora.diffusion.noise import noise_problems, trained_process
-from raylora.diffusion.samplers import starts_from_pure_noise
+from raylora.diffusion.timesteps import timestep_problems
 from raylora.families import Family
 from raylora.job import Job
 from raylora.models import files_fit, open_family, with_seed
 from raylora.optim.optimizers import optimizer_problem, optimizer_warning
 from raylora.optim.schedules import make_schedule, schedule_warning
+from raylora.preview.options import usual_of
 from raylora.training.trackers import report_problems
 
 T = TypeVar("T")
@@ -69,8 +70,7 @@ def check_job(job: Job, *, rehash: bool = False) -> Checked:
     if family is not None:
         opened = family
         problems += base_problems(job, opened)
-        if job.network.initial is not None or job.family.loras or job.optimizer.block_rates.given:
-            _collect(problems, lambda: files_fit(job, opened))
+        _collect(problems, lambda: files_fit(job, opened))
         plan = partial(plan_dataset, job, family=family, rehash=rehash, workers=job.fleet.count)
         for sets in set_groups(job):
             planned = _collect(problems, partial(plan, sets))
@@ -88,8 +88,13 @@ def check_job(job: Job, *, rehash: bool = False) -> Checked:
 def base_problems(job: Job, family: Family) -> list[str]:
     """Sizes, timesteps, noise and losses that this base cannot take, one sentence each."""
     process = trained_process(family.process, job.noise)
-    step = family.size_step
-    found = [*noise_problems(job.noise, family.process), *loss_problems(job.loss, process)]
+    step, kind = family.size_step, job.family.kind
+    timesteps = job.timesteps.with_usual(family.usual_draw, family.usual_shift)
+    found = [
+        *noise_problems(job.noise, family.process, kind),
+        *loss_problems(job.loss, process, kind),
+        *timestep_problems(timesteps, process, kind),
+    ]
     problem = optimizer_problem(job.optimizer, pick_device(job).type)
     found += [problem] if problem else []
     sides = {}
@@ -112,8 +117,8 @@ def base_problems(job: Job, family: Family) -> list[str]:
             f"training.min_timestep {job.training.min_timestep} and max_timestep {high}: the base "
             f"has timesteps 0 to {last - 1}."
         )
-    pure_noise = starts_from_pure_noise(process)
-    found += job.preview.problems(size_step=step, pure_noise=pure_noise)
+    usual = usual_of(family, job.family)
+    found += job.preview.problems(usual, size_step=step, process=process)
     found += report_problems(job.log)
     wrong = [t for t in job.validation.timesteps if not 0 <= t < last]
     if wrong:

@@ -14,9 +14,9 @@ from raylora.base.errors import DataError, OptionError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage
 from raylora.diffusion.noise import trained_process
-from raylora.diffusion.samplers import starts_from_pure_noise
 from raylora.job import Job, job_from
 from raylora.models import PRECISIONS, open_family
+from raylora.preview.options import usual_of
 from raylora.serving.library import Checkpoint, Library, Recent
 from raylora.serving.options import RenderRequest, ServeOptions, picture_settings
 from raylora.serving.studio import Studio
@@ -67,10 +67,10 @@ class Gallery:
         process = trained_process(studio.family.process, job.noise)
         settings = picture_settings(
             request,
-            job.preview,
+            job.preview.with_usual(usual_of(studio.family, job.family)),
             self._options,
             size_step=studio.family.size_step,
-            pure_noise=starts_from_pure_noise(process),
+            process=process,
         )
         png = studio.draw(self._library, checkpoint, settings, process=process)
         seconds = time.perf_counter() - started

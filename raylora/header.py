@@ -17,6 +17,9 @@ from raylora.data.dataset import Dataset
 from raylora.data.options import SetOptions
 from raylora.data.rows import Rows
 from raylora.data.steps import StepPlan
+from raylora.diffusion.noise import trained_process
+from raylora.diffusion.process import Flow
+from raylora.diffusion.timesteps import TimestepOptions, base_shift
 from raylora.families import Family
 from raylora.job import Job
 from raylora.networks.locon import LoconOptions
@@ -57,6 +60,8 @@ def adapter_facts(
         architecture=f"{about['modelspec.architecture']}/lora",
         base_model_version=about["ss_base_model_version"],
         prediction_type=_prediction(job, family),
+        is_sd2=about.get("ss_v2") == "True",
+        family_words=_family_words(job, family),
         images_per_step=training.images_per_step,
         steps=step,
         epoch=-(-step // plan.steps_per_epoch),
@@ -80,7 +85,7 @@ def adapter_facts(
         **_export_facts(job, base_license),
         **_network_facts(job),
         **_rate_facts(job),
-        **_loss_facts(job),
+        **_loss_facts(job, family),
         **_noise_facts(job),
         **_validation_facts(job, held_out),
         **_set_facts(job.sets[0]),  # the header has room for one set's shape
@@ -88,9 +93,53 @@ def adapter_facts(
     )
 
 
-def _prediction(job: Job, family: Family) -> Literal["epsilon", "v"]:
-    chosen = job.noise.prediction or family.metadata["modelspec.prediction_type"]
-    return "v" if chosen in ("v", "v_prediction") else "epsilon"
+def _prediction(job: Job, family: Family) -> Literal["epsilon", "v", ""]:
+    process = trained_process(family.process, job.noise)
+    if isinstance(process, Flow):
+        return ""
+    return "v" if process.prediction == "v_prediction" else "epsilon"
+
+
+def _family_words(job: Job, family: Family) -> dict[str, Any]:
+    """What sd-scripts writes for SD 3 and FLUX alone; the nearest of its own words."""
+    if not isinstance(family.process, Flow):
+        return {}
+    own = {word.removeprefix("ss_"): value for word, value in family.metadata.items()}
+    words: dict[str, Any] = {word: own[word] for word in _FAMILY_WORDS if word in own}
+    timesteps = job.timesteps.with_usual(family.usual_draw, family.usual_shift)
+    weight = job.loss.weight.name
+    density = timesteps.draw if timesteps.draw in ("logit_normal", "mode") else "none"
+    words |= {
+        "weighting_scheme": weight if weight in ("sigma_sqrt", "cosmap") else density,
+        "logit_mean": timesteps.mean,
+        "logit_std": timesteps.std,
+        "mode_scale": timesteps.mode_scale,
+    }
+    if "guidance_scale" not in words:  # of FLUX alone, as is what follows
+        return words
+    shift = base_shift(family.base.config("scheduler"))
+    return {
+        **words,
+        "timestep_sampling": _sampling(timesteps),
+        "sigmoid_scale": timesteps.sigmoid_scale,
+        "model_prediction_type": "raw",
+        "discrete_flow_shift": timesteps.shift if isinstance(timesteps.shift, float) else shift,
+    }
+
+
+_FAMILY_WORDS = ("model_type", "apply_t5_attn_mask", "apply_lg_attn_mask", "guidance_scale")
+
+
+def _sampling(timesteps: TimestepOptions) -> str:
+    """`--timestep_sampling` of sd-scripts; "sigma" is what it calls densities of its own there."""
+    plain = timesteps.draw == "logit_normal" and (timesteps.mean, timesteps.std) == (0, 1)
+    if timesteps.draw == "uniform" and timesteps.shift in (None, 1.0):
+        return "uniform"
+    if timesteps.draw != "sigmoid" and not plain:
+        return "sigma"
+    if timesteps.shift == "resolution":
+        return "flux_shift"
+    return "sigmoid" if timesteps.shift in (None, 1.0) else "shift"
 
 
 def _timestep_range(job: Job, family: Family) -> tuple[int, int] | None:
@@ -122,10 +171,31 @@ def _network_facts(job: Job) -> dict[str, Any]:
     return {
         "rank": None if from_file else network.rank,
         "alpha": None if from_file else network.alpha or network.rank,
+        "network_module": _network_module(job),
         "network_args": _network_args(job),
         "network_dropout": network.dropout or None,
         "scale_weight_norms": network.max_norm,
     }
+
+
+def _network_module(job: Job) -> str:
+    """`--network_module` of sd-scripts that makes such a file; LyCORIS' where its own do not."""
+    kind = job.network.kind
+    if kind == "dylora":
+        return "networks.dylora"
+    if kind not in ("lora", "locon"):
+        return "lycoris.kohya"
+    own = {"sd3": "networks.lora_sd3", "flux1": "networks.lora_flux"}
+    return own.get(job.family.kind, "networks.lora")
+
+
+_LYCORIS = {
+    "dora": {"algo": "lora", "dora_wd": "True"},
+    "loha": {"algo": "loha"},
+    "lokr": {"algo": "lokr"},
+    "oft": {"algo": "diag-oft"},
+}
+"""LyCORIS' words for networks that sd-scripts does not have."""
 
 
 def _network_args(job: Job) -> dict[str, str]:
@@ -146,6 +216,7 @@ def _network_args(job: Job) -> dict[str, str]:
     if isinstance(network, LoconOptions):
         conv_rank = network.conv_rank or network.rank
         words |= {"conv_dim": conv_rank, "conv_alpha": network.conv_alpha or conv_rank}
+    words |= _LYCORIS.get(network.kind, {})
     return {word: _typed(value) for word, value in words.items() if value is not None}
 
 
@@ -161,8 +232,8 @@ def _rate_facts(job: Job) -> dict[str, Any]:
     precision = job.training.precision
     return {
         "learning_rate": optimizer.rate,
-        "unet_rate": optimizer.rate_of("denoiser") if network.trains_denoiser else None,
-        "text_encoder_rate": optimizer.rate_of("text_encoder") if network.trains_text else None,
+        "unet_rate": optimizer.rates_of("denoiser")[0] if network.trains_denoiser else None,
+        "text_encoder_rates": optimizer.text_rates if network.trains_text else None,
         "optimizer": optimizer.spelled,
         "schedule": job.schedule.name.replace(":", "."),
         "warmup_steps": job.schedule.warmup_steps,
@@ -171,11 +242,11 @@ def _rate_facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _loss_facts(job: Job) -> dict[str, Any]:
+def _loss_facts(job: Job, family: Family) -> dict[str, Any]:
     loss = job.loss
     return {
         "loss": loss.name,
-        "huber_schedule": loss.huber_schedule,
+        "huber_schedule": loss.schedule_for(family.process),
         "huber_c": loss.huber_c,
         "huber_scale": loss.huber_scale,
         "min_snr_gamma": loss.weight.gamma if loss.weight.name == "min_snr" else None,

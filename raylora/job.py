@@ -20,7 +20,9 @@ from pydantic import (
     model_validator,
 )
 
+from raylora.adapt.export_options import naming_problems
 from raylora.base.errors import JobError, OptionError
+from raylora.base.layer_options import LayerOptions
 from raylora.base.lookup import plugins
 from raylora.base.options import Options, explain, one_of
 from raylora.base.yaml_file import parse_yaml, read_yaml_file
@@ -28,6 +30,7 @@ from raylora.data.options import DataOptions, Native, SetOptions, resolve
 from raylora.data.variants import variants_of
 from raylora.diffusion.losses import LossOptions
 from raylora.diffusion.noise import NoiseOptions
+from raylora.diffusion.timesteps import TimestepOptions
 from raylora.families import FamilyOptions, get_family
 from raylora.fleet import FleetOptions
 from raylora.networks import NetworkOptions, get_network
@@ -102,6 +105,8 @@ class Job(Options):
     """What is minimised."""
     noise: NoiseOptions = NoiseOptions()
     """What is added to the latents, and what is predicted of it."""
+    timesteps: TimestepOptions = TimestepOptions()
+    """How noisy the latents are made, and how often."""
     data: DataOptions
     """Images and captions."""
     training: TrainingOptions
@@ -216,12 +221,15 @@ def _part_problems(job: Job) -> Iterable[str]:
             "it, or leave initial_ranks out."
         )
     yield from _initial_problems(network)
+    yield from naming_problems(job.export, network, job.family.kind)
     yield from _idle_problems(job)
     yield from rate_problems(
         optimizer,
         job.schedule,
         trains_denoiser=network.trains_denoiser,
         trains_text=network.trains_text,
+        network=network.kind,
+        fast=get_network(network.kind).fast,
     )
     if optimizer.schedule_free and job.ema.decay is not None:
         yield (
@@ -239,7 +247,7 @@ def _initial_problems(network: NetworkOptions) -> Iterable[str]:
     """What the job says of ranks that are the file's."""
     if not network.initial_ranks:
         return
-    for word in ("rank", "alpha", "layers", "conv_rank", "conv_alpha"):
+    for word in ("rank", "alpha", "conv_rank", "conv_alpha", *LayerOptions.model_fields):
         field = type(network).model_fields.get(word)
         value = getattr(network, word) if field else None
         if field is not None and value != field.default:

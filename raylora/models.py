@@ -14,19 +14,23 @@ import torch
 import yaml
 from torch import nn
 
-from raylora.adapt.attach import Adapter, Attachment, first_weights
+from raylora.adapt.attach import Adapter, Attachment, first_weights, weights_in
 from raylora.adapt.dropout import Dropout
 from raylora.adapt.initial import Initial, initial_weights
 from raylora.adapt.lora_file import AdapterFile, read_adapter
-from raylora.adapt.merge import file_parts, merge_lora
-from raylora.base.errors import MissingObject, StorageError, WeightsError
-from raylora.base.fetch import local_folder
+from raylora.adapt.merge import Fitted, file_parts, fitted, merge_lora
+from raylora.adapt.onto import Names, all_sites, names_of
+from raylora.adapt.under import frozen_adapter
+from raylora.base.errors import MissingObject, OptionError, StorageError, WeightsError
+from raylora.base.layers import chosen_sites
+from raylora.base.lookup import some_of
 from raylora.base.site import Site
 from raylora.base.storage import open_storage
 from raylora.families import BaseLora, Family, Models, get_family
 from raylora.job import Job, with_overrides
-from raylora.networks import get_network
+from raylora.networks import Arrays, Network, NetworkOptions, get_network
 from raylora.optim.groups import Group, make_groups, trained_sites
+from raylora.weights.base import open_base
 
 PRECISIONS = {
     "fp32": (torch.float32, torch.float32),
@@ -35,6 +39,8 @@ PRECISIONS = {
     "fp64": (torch.float64, torch.float64),
 }
 """(activations and base, adapter and optimizer)."""
+_NAMED = 3  # layers that a message names
+_UNDER = "family.training_adapter"
 
 
 def open_family(job: Job) -> Family:
@@ -45,21 +51,23 @@ def open_family(job: Job) -> Family:
     """
     options = job.family
     make, _ = get_family(options.kind)
-    if options.vae is not None:
-        vae = local_folder(options.vae, word="family.vae")
-        options = options.model_copy(update={"vae": str(vae)})
-    family = make(local_folder(options.weights), options)
+    parts = dict(options.parts) if options.vae is None else {**options.parts, "vae": options.vae}
+    family = make(open_base(options.weights, kind=options.kind, parts=parts), options)
     if options.loras:
         files = [
             (_read_file(one.file, f"family.loras.{i}.file"), one)
             for i, one in enumerate(options.loras)
         ]
+        sites, names = all_sites(family), names_of(family)
         held = [
-            (_adapter(data, f"family.loras.{i}.file {one.file}"), one.strength)
+            _fitted(data, f"family.loras.{i}.file {one.file}", sites, names)
             for i, (data, one) in enumerate(files)
         ]
-        family.alter = _merging(held)
-        family.altered = _names(files)
+        family.alter = _merging(held, options.loras)
+        family.altered = _names(files, held)
+    if options.training_adapter is not None:
+        beneath = hashlib.sha256(_read_file(options.training_adapter, _UNDER)).hexdigest()[:16]
+        family.altered = {**family.altered, "training adapter": beneath}  # of the fingerprint alone
     return family
 
 
@@ -75,19 +83,19 @@ def with_seed(job: Job) -> Job:
     return with_overrides(job, {"training.seed": seed})
 
 
-def _merging(held: Sequence[tuple[AdapterFile, float]]) -> Callable[[str, nn.Module], None]:
+def _merging(fits: Sequence[Fitted], loras: Sequence[BaseLora]) -> Callable[[str, nn.Module], None]:
     def merge(component: str, model: nn.Module) -> None:
-        for file, strength in held:
-            merge_lora(component, model, file, strength)
+        for modules, one in zip(fits, loras, strict=True):
+            merge_lora(component, model, modules, one.strength)
 
     return merge
 
 
-def _names(files: Sequence[tuple[bytes, BaseLora]]) -> dict[str, str]:
+def _names(files: Sequence[tuple[bytes, BaseLora]], fits: Sequence[Fitted]) -> dict[str, str]:
     """What names the models that the files change, by component: all that is merged, in order."""
     merged: dict[str, list[tuple[str, float]]] = {}
-    for data, one in files:
-        for component in file_parts(read_adapter(data)):
+    for (data, one), modules in zip(files, fits, strict=True):
+        for component in sorted(file_parts(modules)):
             name = hashlib.sha256(data).hexdigest()
             merged.setdefault(component, []).append((name, one.strength))
     return {
@@ -116,6 +124,15 @@ def _adapter(data: bytes, called: str) -> AdapterFile:
         raise WeightsError(f"{called}: {error}") from error
 
 
+def _fitted(data: bytes, called: str, every: Sequence[Site], names: Names) -> Fitted:
+    """What a file has for the base's layers."""
+    file = _adapter(data, called)
+    try:
+        return fitted(file, every, names)
+    except WeightsError as error:
+        raise WeightsError(f"{called}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Adapted:
     """The models that training runs, with the adapter on them.
@@ -123,6 +140,7 @@ class Adapted:
     Attributes:
         text_encoders: by component; none where captions are cached.
         groups: what moves at one rate, as the pieces of the adapter's buffer.
+        under: the frozen adapter beneath, where the job has a `family.training_adapter`.
     """
 
     denoiser: nn.Module
@@ -130,6 +148,7 @@ class Adapted:
     adapter: Adapter
     attachments: list[Attachment]
     groups: list[Group]
+    under: Adapter | None = None
 
 
 def load_adapted(job: Job, family: Family, device: torch.device) -> Adapted:
@@ -139,72 +158,143 @@ def load_adapted(job: Job, family: Family, device: torch.device) -> Adapted:
         WeightsError: `network.initial` does not fit.
     """
     dtype, exact = PRECISIONS[job.training.precision]
-    network = job.network
+    options, network = job.network, get_network(job.network.kind)
     denoiser = family.load_denoiser(dtype=dtype, device=device)
     encoders: Models = {}
-    if network.trains_text:
+    if options.trains_text:
         encoders = family.load_text_encoders(dtype=dtype, device=device)
     if job.memory.gradient_checkpointing:
         family.checkpoint_blocks(denoiser, encoders)
-    first = first_of(job, family, denoiser, encoders)
+    models = {family.component: denoiser, **encoders}
+    weight_of = weights_in(models)
+    first = _first(
+        job,
+        family,
+        _sites(job, family, denoiser, encoders),
+        partial(first_weights, network, options, seed=job.seed, weight_of=weight_of),
+    )
+    constants = {site.name: network.constants(options, site) for site in first.sites}
     groups = make_groups(
         job.optimizer,
         first.sites,
-        lambda site: list(first.weights[site.name]),
+        lambda site: [
+            word for word in first.weights[site.name] if word not in constants[site.name]
+        ],
         job.training.images_per_step,
+        family.blocks,
+        fast=network.fast,
+        ends=family.block_ends,
     )
     adapter = Adapter(
-        get_network(network.kind),
+        network,
         first.sites,
         first.weights,
         first.scales,
         dtype=exact,
         device=device,
         groups=[group.members for group in groups],
+        constants=constants,
     )
-    if network.dropout or network.rank_dropout or network.module_dropout:
-        adapter.dropout = Dropout(network, seed=job.seed)
-    models = {family.component: denoiser, **encoders}
-    attachments = [Attachment(model, component, adapter) for component, model in models.items()]
-    return Adapted(denoiser, encoders, adapter, attachments, groups)
+    unit = network.unit(options)
+    if options.dropout or options.rank_dropout or options.module_dropout or unit:
+        adapter.dropout = Dropout(options, seed=job.seed, unit=unit)
+    under = _under(job, family, denoiser, device)
+    attachments = [
+        Attachment(model, component, adapter, under=under if model is denoiser else None)
+        for component, model in models.items()
+    ]
+    return Adapted(denoiser, encoders, adapter, attachments, groups, under)
+
+
+def _under(job: Job, family: Family, denoiser: nn.Module, device: torch.device) -> Adapter | None:
+    """The adapter beneath the trained one; not on the denoiser yet, which may be a skeleton."""
+    url = job.family.training_adapter
+    if url is None:
+        return None
+    called, (_, exact) = f"{_UNDER} {url}", PRECISIONS[job.training.precision]
+    file = _adapter(_read_file(url, _UNDER), called)
+    try:
+        sites = family.sites(denoiser)
+        return frozen_adapter(file, sites, family.place, dtype=exact, device=device)
+    except WeightsError as error:
+        raise WeightsError(f"{called}: {error}") from error
 
 
 def files_fit(job: Job, family: Family) -> None:
-    """Try the LoRA files that the job names on the base's layers, without its weights.
+    """Try the layers and the LoRA files that the job names on the base, without its weights.
 
     Raises:
-        WeightsError: one is for another base, or has what the job does not train.
+        WeightsError: a file is for another base, or has what the job does not train.
+        OptionError: no layer is left to train, or the network cannot sit on one.
     """
     denoiser, encoders = family.skeletons()
     for component, model in {family.component: denoiser, **encoders}.items():
         family.alter(component, model)
-    first_of(job, family, denoiser, encoders)
+    # Some networks begin from the frozen weights, and nobody asks here what a layer begins from.
+    _first(
+        job,
+        family,
+        _sites(job, family, denoiser, encoders),
+        lambda sites: {site.name: {} for site in sites},
+    )
+    _under(job, family, denoiser, torch.device("cpu"))
 
 
-def first_of(job: Job, family: Family, denoiser: nn.Module, encoders: Models) -> Initial:
-    """Which layers carry the adapter, and what they start from, fresh or from a file.
-
-    Args:
-        denoiser, encoders: loaded, or `family.skeletons`.
-
-    Raises:
-        WeightsError: `network.initial` does not fit.
-        OptionError: no layer is left to train.
-    """
+def _sites(job: Job, family: Family, denoiser: nn.Module, encoders: Models) -> list[Site]:
+    """Which layers carry the adapter."""
     options, sites = job.network, []
     if options.trains_denoiser:
-        sites += family.sites(denoiser, options.layers, convolutions=options.convolutions)
+        sites += family.sites(denoiser)
     if options.trains_text:
-        sites += family.text_sites(encoders, options.layers)
-    return _first(job, trained_sites(job.optimizer, sites))
+        sites += family.text_sites(encoders)
+    chosen = chosen_sites(
+        options,
+        sites,
+        convolutions=options.convolutions,
+        blocks=family.blocks,
+        ends=family.block_ends,
+    )
+    fitting = _fitting(get_network(options.kind), options, chosen)
+    return trained_sites(job.optimizer, fitting, family.blocks, ends=family.block_ends)
 
 
-def _first(job: Job, sites: Sequence[Site]) -> Initial:
-    network, options = get_network(job.network.kind), job.network
-    fresh = partial(first_weights, network, options, seed=job.seed)
+def _fitting(network: Network, options: NetworkOptions, sites: Sequence[Site]) -> list[Site]:
+    """Those that the network can sit on; norms are left out by networks that are not for them."""
+    wrong = {site.name: network.fits(options, site) for site in sites}
+    refused = [site.name for site in sites if wrong[site.name] and site.kind != "norm"]
+    if refused:
+        raise OptionError(
+            f"network.kind {options.kind} cannot sit on {len(refused)} of the layers that "
+            f"network.layers chooses, {some_of(refused, _NAMED)}: {wrong[refused[0]]}. Leave them "
+            "out of network.layers, or choose another kind."
+        )
+    kept = [site for site in sites if not wrong[site.name]]
+    if sites and not kept:
+        raise OptionError(
+            f"network.layers chooses norms alone, and network.kind {options.kind} is not for them. "
+            "Choose other layers."
+        )
+    return kept
+
+
+def _first(
+    job: Job,
+    family: Family,
+    sites: Sequence[Site],
+    fresh: Callable[[Sequence[Site]], dict[str, Arrays]],
+) -> Initial:
+    """What the sites start from, fresh or from a file."""
+    options = job.network
     if options.initial is None:
         scales = {site.name: options.scale_at(site) for site in sites}
         return Initial(list(sites), dict(fresh(sites)), scales)
-    data = _read_file(options.initial, "network.initial")
-    file = _adapter(data, f"network.initial {options.initial}")
-    return initial_weights(file, sites, options, lambda site: fresh([site])[site.name])
+    return initial_weights(
+        _adapter(
+            _read_file(options.initial, "network.initial"), f"network.initial {options.initial}"
+        ),
+        sites,
+        options,
+        lambda site: fresh([site])[site.name],
+        names_of(family),
+        all_sites(family),
+    )

@@ -6,15 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from raylora.adapt.attach import Adapter, first_weights
-from raylora.adapt.deltas import LowRank
-from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule
-from raylora.base.site import Site
+from raylora.adapt.attach import Adapter, first_weights, weights_in
+from raylora.adapt.keys import Naming
+from raylora.adapt.layout import laid_out
+from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule, adapter_bytes
+from raylora.adapt.onto import Names
+from raylora.adapt.trained import Trained
+from raylora.base.site import Place, Site
 from raylora.networks import Network, NetworkOptions
 
 TINY_BASE = Path(__file__).parents[1] / "jobs" / "quickstart" / "tiny-sd"
@@ -57,9 +60,52 @@ def random_adapter(
     ]
 
 
-def as_trained(modules: Sequence[AdapterModule]) -> dict[str, LowRank]:
+def sd15_place(name: str) -> Place:
+    """Where kohya's files keep a layer of Stable Diffusion 1.x, by the name of its site."""
+    component, _, path = name.partition(".")
+    return Place({"unet": "lora_unet", "text_encoder": "lora_te"}[component], path)
+
+
+SD15 = Names("sd15", sd15_place, {})
+
+
+def kohya_name(name: str) -> str:
+    """A layer of Stable Diffusion 1.x in kohya's files."""
+    return sd15_place(name).kohya
+
+
+def file_bytes(
+    modules: Sequence[AdapterModule],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    names: Names = SD15,
+    naming: Naming = "kohya",
+) -> bytes:
+    """A LoRA file as a run saves it, of modules named by sites."""
+    return adapter_bytes(laid_out(modules, names, naming), metadata or {}, dtype=dtype)
+
+
+def site_of_module(module: AdapterModule) -> Site:
+    """The layer that a low-rank module is for."""
+    down, up = module.tensors[DOWN], module.tensors[UP]
+    kernel = (*down.shape[2:], 1, 1)[:2]
+    kind: Literal["linear", "conv"] = "conv" if down.dim() == 4 else "linear"
+    return Site(module.name, kind, down.shape[1], up.shape[0], kernel=kernel)
+
+
+def as_trained(modules: Sequence[AdapterModule]) -> Trained:
     """What a trainer hands to the proof."""
-    return {module.name: module.low_rank for module in modules}
+    sites = [site_of_module(module) for module in modules]
+    parameters = {}
+    for module, site in zip(modules, sites, strict=True):
+        down, up, _ = module.low_rank
+        parameters[module.name] = {
+            "down": down.flatten(1) if site.kernel == (1, 1) else down,
+            "up": up.flatten(1),
+        }
+    scales = {module.name: module.low_rank[2] for module in modules}
+    return Trained("lora", sites, parameters, scales)
 
 
 # The values with which Stable Diffusion 1.5 is built (diffusers' and transformers' words).
@@ -108,8 +154,14 @@ def fresh_adapter(
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
+    models: Mapping[str, nn.Module] | None = None,
 ) -> Adapter:
-    """A new adapter; each site's first weights come from its own name and the seed."""
-    initial = first_weights(network, options, sites, seed=seed)
+    """A new adapter; each site's first weights come from its own name and the seed.
+
+    `models` are by component, for networks that begin from the frozen weights.
+    """
+    weight_of = weights_in(models) if models else None
+    initial = first_weights(network, options, sites, seed=seed, weight_of=weight_of)
     scales = {site.name: options.scale_at(site) for site in sites}
-    return Adapter(network, sites, initial, scales, dtype=dtype, device=device)
+    constants = {site.name: network.constants(options, site) for site in sites}
+    return Adapter(network, sites, initial, scales, dtype=dtype, device=device, constants=constants)

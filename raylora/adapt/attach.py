@@ -7,9 +7,10 @@ rate lies together, so that each of the optimizer's groups is a piece of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from raylora.adapt.dropout import Dropout
 from raylora.adapt.keys import layer_at
 from raylora.base.seeds import draw_generator, sample_number
 from raylora.base.site import Site
-from raylora.networks import Draw, Network, NetworkOptions
+from raylora.networks import Arrays, Call, Draw, Network, NetworkOptions, Weight
 
 Member = tuple[str, str]
 """A site's name and a parameter's."""
@@ -32,12 +33,15 @@ class Adapter:
     Attributes:
         network: whose pure function is applied.
         sites: the frozen layers, in the order of the models.
-        values: (N,) every parameter, flat; an `nn.Parameter` for the optimizer.
+        values: (N,) every trained parameter, flat; an `nn.Parameter` for the optimizer.
         gradients: (N,) where autograd accumulates; also `values.grad`.
+        constants: (M,) those that are not trained, flat; no part of the optimizer's or the
+            average's.
         groups: a piece of the flat buffer for each group of parameters, in order.
-        parameters: site name -> parameter name -> leaf tensor, a view into `values`.
+        parameters: site name -> parameter name -> leaf tensor, a view into `values`, or into
+            `constants` without a gradient.
         scales: site name -> alpha / rank.
-        strength: multiplies every scale; 0 is the base model.
+        strength: how much of the change is applied; 0 is the base model.
         dropout: what training leaves out; None leaves out nothing.
     """
 
@@ -51,36 +55,65 @@ class Adapter:
         dtype: torch.dtype,
         device: torch.device,
         groups: Sequence[Sequence[Member]] | None = None,
+        constants: Mapping[str, frozenset[str]] | None = None,
     ) -> None:
-        """`groups` is every (site, parameter) once, in the order of the buffer; None is one group
-        in the order of the sites."""
+        """`groups` is every trained (site, parameter) once, in the order of the buffer; None is one
+        group in the order of the sites. `constants` are a site's words that are not trained."""
         self.network = network
         self.sites = list(sites)
         self.scales = dict(scales)
         self.strength = 1.0
         self.dropout: Dropout | None = None
+        frozen = constants or {}
         every = [(site.name, word) for site in self.sites for word in initial[site.name]]
-        members = [every] if groups is None else [list(group) for group in groups]
-        assert sorted(every) == sorted(one for group in members for one in group)
+        kept = [one for one in every if one[1] in frozen.get(one[0], ())]
+        trained = [one for one in every if one not in set(kept)]
+        members = [trained] if groups is None else [list(group) for group in groups]
+        assert sorted(trained) == sorted(one for group in members for one in group)
         self._members = members
-        arrays = [(site, word, initial[site][word]) for group in members for site, word in group]
-        count = sum(a.size for _, _, a in arrays)
-        self.values = nn.Parameter(torch.empty(count, dtype=dtype, device=device))
+        moving = [one for group in members for one in group]
+        self.parameters: dict[str, dict[str, Tensor]] = {site: {} for site, _ in every}
+        self.values = nn.Parameter(self._laid_out(moving, initial, dtype, device))
+        self.constants = self._laid_out(kept, initial, dtype, device)
         self.gradients = torch.zeros_like(self.values.data)
         self.values.grad = self.gradients
+        start = 0
+        for site_name, word in moving:
+            leaf = self.parameters[site_name][word].requires_grad_(True)
+            leaf.grad = self.gradients[start : start + leaf.numel()].view(leaf.shape)
+            start += leaf.numel()
         sizes = [sum(initial[site][word].size for site, word in group) for group in members]
         ends = np.cumsum([0, *sizes]).tolist()
         self.groups = [slice(start, end) for start, end in pairwise(ends)]
-        self.parameters: dict[str, dict[str, Tensor]] = {s.name: {} for s in self.sites}
+
+    def _laid_out(
+        self,
+        members: Sequence[Member],
+        initial: Mapping[str, Mapping[str, NDArray[np.float64]]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """One flat buffer of these; each becomes a view into it in `parameters`."""
+        arrays = [(site, word, initial[site][word]) for site, word in members]
+        flat = torch.empty(sum(array.size for *_, array in arrays), dtype=dtype, device=device)
         start = 0
-        for site_name, word, array in arrays:
-            piece = slice(start, start + array.size)
-            start += array.size
-            leaf = self.values.data[piece].view(array.shape)
+        for site, word, array in arrays:
+            leaf = flat[start : start + array.size].view(array.shape)
             leaf.copy_(torch.from_numpy(np.asarray(array)))
-            leaf.requires_grad_(True)
-            leaf.grad = self.gradients[piece].view(array.shape)
-            self.parameters[site_name][word] = leaf
+            self.parameters[site][word] = leaf
+            start += array.size
+        return flat
+
+    def adapted(self, site: Site, layer: nn.Module, x: Tensor, base_output: Tensor) -> Tensor:
+        """What one layer gives with the adapter on it."""
+        name = site.name
+        if self.strength == 0 or name not in self.parameters:
+            return base_output
+        gate = part = None
+        if self.dropout is not None:
+            gate, part = self.dropout.gate(site), self.dropout.part(site)
+        call = Call(x, base_output, self.scales[name], self.strength, site, layer, gate, part)
+        return self.network.forward(self.parameters[name], call)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -126,10 +159,41 @@ class Adapter:
 
 
 def first_weights(
-    network: Network, options: NetworkOptions, sites: Sequence[Site], *, seed: int
-) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """A new adapter's parameters, by site and word."""
-    return {site.name: network.initial(options, site, _draw(seed, site)) for site in sites}
+    network: Network,
+    options: NetworkOptions,
+    sites: Sequence[Site],
+    *,
+    seed: int,
+    weight_of: Callable[[Site], Weight] | None = None,
+) -> dict[str, Arrays]:
+    """A new adapter's parameters, by site and word.
+
+    Args:
+        weight_of: a site's frozen weight, for networks that begin from it; see `weights_in`.
+    """
+    found = {}
+    for site in sites:
+        weight = _no_weight if weight_of is None else weight_of(site)
+        found[site.name] = network.initial(options, site, _draw(seed, site), weight)
+    return found
+
+
+def weights_in(models: Mapping[str, nn.Module]) -> Callable[[Site], Weight]:
+    """Gives the frozen weights of loaded models, by component; each only where it is asked for."""
+
+    def weight_of(site: Site) -> Weight:
+        def weight() -> NDArray[np.float64]:
+            held = layer_at(models[site.component], site.name).weight
+            assert isinstance(held, Tensor)
+            return np.asarray(held.detach().cpu().double().numpy(), dtype=np.float64)
+
+        return weight
+
+    return weight_of
+
+
+def _no_weight() -> NDArray[np.float64]:
+    raise AssertionError("this network begins from the frozen weights: give `weight_of`")
 
 
 def _draw(seed: int, site: Site) -> Draw:
@@ -137,20 +201,41 @@ def _draw(seed: int, site: Site) -> Draw:
     return lambda shape: generator.uniform(-1.0, 1.0, shape)
 
 
+class Adapts(Protocol):
+    """What layers can be routed through: an adapter, or a pack of them."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """The layers that it is for."""
+
+    def adapted(self, site: Site, layer: nn.Module, x: Tensor, base_output: Tensor) -> Tensor:
+        """What one layer gives with it; the base's output where it has nothing for the layer."""
+
+
 class Attachment:
     """Layers of one model whose output passes through whichever adapter is set.
 
     `attachment.adapter = None` gives the base model back; another adapter may be set at any time,
-    which is how a preview replica changes LoRA between two requests.
+    which is how a preview replica changes LoRA between two requests. Under it there may be a frozen
+    one, which is then part of what the other calls the base.
     """
 
-    def __init__(self, model: nn.Module, component: str, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        component: str,
+        adapter: Adapts | None = None,
+        *,
+        under: Adapts | None = None,
+    ) -> None:
         self.model = model
         self.component = component
         self.adapter = adapter
+        self.under = under
         self._attached: dict[str, nn.Module] = {}
-        if adapter is not None:
-            self.attach([site for site in adapter.sites if site.component == component])
+        for adapts in (under, adapter):
+            if adapts is not None:
+                self.attach([site for site in adapts.sites if site.component == component])
 
     def attach(self, sites: Sequence[Site]) -> None:
         """Route these sites' outputs through the adapter; sites already routed stay so."""
@@ -167,16 +252,13 @@ class Attachment:
         self._attached.clear()
 
     def _route(self, module: nn.Module, site: Site) -> None:
-        base_forward, name = module.forward, site.name
+        base_forward = module.forward
 
         def adapted(x: Tensor) -> Tensor:
-            base_output: Tensor = base_forward(x)
+            output: Tensor = base_forward(x)
+            if self.under is not None:
+                output = self.under.adapted(site, module, x, output)
             adapter = self.adapter
-            if adapter is None or adapter.strength == 0 or name not in adapter.parameters:
-                return base_output
-            scale = adapter.scales[name] * adapter.strength
-            gate = adapter.dropout.gate(site) if adapter.dropout else None
-            held = adapter.parameters[name]
-            return adapter.network.forward(held, x, base_output, scale, site, gate)
+            return output if adapter is None else adapter.adapted(site, module, x, output)
 
         module.forward = adapted

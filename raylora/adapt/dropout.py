@@ -1,4 +1,4 @@
-"""What an adapter is trained without: masks that belong to (seed, step, sample, layer).
+"""What an adapter is trained without, and which part of it: by (seed, step, sample, layer).
 
 Masks are integer hashes of their place and not draws in an order, so a layer's mask is the same on
 any worker, in any micro-batch, and when checkpointing computes the layer a second time. Those of
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from raylora.base.seeds import draw_generator
 from raylora.base.site import Site
-from raylora.networks import Gate, NetworkOptions
+from raylora.networks import Gate, NetworkOptions, Part
 
 _LOW = 0xFFFFFFFF
-_WORDS = 6
-"""32-bit words of a sample at a step: two for each of the three kinds of mask."""
+_WORDS = 8
+"""32-bit words of a sample at a step: two for each of the three kinds of mask, and for parts."""
 
 
 class Dropout:
@@ -30,16 +30,20 @@ class Dropout:
     Args:
         options: the shares that are left out.
         seed: `training.seed`.
+        unit: how many ranks of a layer each sample trains at a time (`Network.unit`); 0 is all.
     """
 
-    def __init__(self, options: NetworkOptions, *, seed: int) -> None:
+    def __init__(self, options: NetworkOptions, *, seed: int, unit: int = 0) -> None:
         self._options = options
         self._seed = seed
+        self._unit = unit
+        self._drops = bool(options.dropout or options.rank_dropout or options.module_dropout)
         self._words: Tensor | None = None
         self._layers: dict[str, int] = {}
         self._ranks = 0
         self._small: Tensor | None = None
         self._keys: Tensor | None = None
+        self._parts: Tensor | None = None
 
     def begin(self, step: int, samples: Sequence[int]) -> None:
         """From here on the batch is these samples, in this order, at this step."""
@@ -50,7 +54,7 @@ class Dropout:
             ]
         )
         self._words = torch.from_numpy(words.astype(np.uint64).view(np.int64) & np.int64(_LOW))
-        self._small = self._keys = None
+        self._small = self._keys = self._parts = None
 
     def end(self) -> None:
         """Nothing is left out: for measuring and for previews."""
@@ -59,7 +63,7 @@ class Dropout:
     def gate(self, site: Site) -> Gate | None:
         """The gate of one layer for the samples at hand."""
         words = self._words
-        if words is None:
+        if words is None or not self._drops:
             return None
 
         def gate(hidden: Tensor) -> Tensor:
@@ -68,10 +72,37 @@ class Dropout:
 
         return gate
 
+    def part(self, site: Site) -> Part | None:
+        """Which ranks of one layer each of the samples at hand trains."""
+        words, unit = self._words, self._unit
+        if words is None or not unit:
+            return None
+
+        def part(ranks: int, rows: Tensor) -> tuple[Tensor, int]:
+            layer = self._layer(site)
+            if self._parts is None or layer >= len(self._parts):
+                zero = torch.zeros(1, dtype=torch.int64)
+                drawn_LB1 = _hash(zero, words[:, 6:7] ^ self._places(), words[:, 7:8])
+                self._parts = drawn_LB1[..., 0].to(rows.device, non_blocking=True)
+            drawn_B = self._parts[layer].repeat_interleave(len(rows) // len(words))
+            # The 32 bits drawn are a fraction of 2**32.
+            return unit * ((drawn_B * (ranks // unit)) >> 32), unit
+
+        return part
+
+    def _layer(self, site: Site) -> int:
+        """A number of the layer, in the order in which they first asked."""
+        return self._layers.setdefault(site.name, len(self._layers))
+
+    def _places(self) -> Tensor:
+        """(L, 1, 1) of every layer so far, by its name alone."""
+        return torch.tensor([_place(name) for name in self._layers])[:, None, None]
+
     def _kept(self, site: Site, words_BW: Tensor, hidden: Tensor) -> Tensor:
         """What `hidden` is multiplied with, of its shape or one that broadcasts to it."""
         axis = 1 if site.kind == "conv" else hidden.dim() - 1
-        ranks = hidden.shape[axis]
+        # Where all ranks share their fate, what is gated may be as wide as the layer.
+        ranks = hidden.shape[axis] if self._options.rank_dropout else 1
         small_LBR, keys_LBK = self._of_all_layers(site, words_BW, ranks, hidden.device)
         layer = self._layers[site.name]
         shape = [len(hidden), *[1] * (hidden.dim() - 1)]
@@ -91,11 +122,10 @@ class Dropout:
         Made at once when the first layer of a batch asks, so that a GPU is sent them once and not
         waited for at each layer. In the first batch there are more layers each time.
         """
-        known = site.name in self._layers and ranks <= self._ranks
-        self._layers.setdefault(site.name, len(self._layers))
+        layer, wider = self._layer(site), ranks > self._ranks
         self._ranks = max(self._ranks, ranks)
-        if self._small is None or self._keys is None or not known:
-            places_L11 = torch.tensor([_place(name) for name in self._layers])[:, None, None]
+        if self._small is None or self._keys is None or layer >= len(self._small) or wider:
+            places_L11 = self._places()
             small, keys = self._masks(places_L11, words_BW), places_L11 ^ words_BW[:, 4:6]
             keys[..., 1] = words_BW[:, 5]
             self._small = small.to(device, non_blocking=True)

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from raylora.adapt.keys import component_of, kohya_name
 from raylora.adapt.lora_file import DOWN, UP, AdapterFile, AdapterModule
+from raylora.adapt.onto import Names, check_sizes, onto, refuse_left
+from raylora.adapt.parameters import network_of, parameters_of, scale_in
+from raylora.adapt.recognise import refuse_others
 from raylora.base.errors import WeightsError
 from raylora.base.lookup import some_of
 from raylora.base.site import Site
-from raylora.networks import NetworkOptions
+from raylora.networks import NetworkOptions, get_network
 
 Weights = Mapping[str, NDArray[np.float64]]
 """One site's parameters by word."""
@@ -27,7 +28,7 @@ class Initial:
 
     Attributes:
         sites: that carry the adapter, in the model's order.
-        weights: site name -> "down", "up" in the shapes of `networks/lora.py`.
+        weights: site name -> parameters by word, in the network's shapes.
         scales: site name -> alpha / rank.
     """
 
@@ -41,8 +42,10 @@ def initial_weights(
     sites: Sequence[Site],
     options: NetworkOptions,
     fresh: Callable[[Site], Weights],
+    names: Names,
+    every: Sequence[Site],
 ) -> Initial:
-    """First weights of a run that continues from a file, with exactly the file's ΔW.
+    """First weights of a run that continues from a file, with exactly the file's change.
 
     Without `options.initial_ranks` the job chooses layers, ranks and alpha: `up` is rescaled where
     the file's alpha / rank is another, and layers that the file leaves out start fresh. With it the
@@ -51,17 +54,23 @@ def initial_weights(
     Args:
         sites: that the job trains.
         fresh: a site's weights where the file has none.
+        names: what files call the base's layers.
+        every: all layers of the base, so that nothing of the file is lost without a word.
 
     Raises:
-        WeightsError: the file has layers that the job does not train or other ranks than the job,
-            or is for another base.
+        WeightsError: the file has layers that the job does not train, other ranks than the job or
+            another kind of network, or is for another base.
     """
+    refuse_others(file, names.kind)
+    found, left = onto(file, every, names.place)
+    refuse_left(left)
     # Where both halves are zero, training would never move them: such a module only fills a file.
-    modules = {name: module for name, module in file.modules.items() if not _is_empty(module)}
-    _refuse_untrained(modules, sites)
+    modules = {name: module for name, module in found.items() if not _is_empty(module)}
+    _refuse_untrained(modules, sites, every)
+    _refuse_other_kinds(modules, options)
     if options.initial_ranks:
         return weights_of(modules, sites)
-    held = {site.name: modules.get(kohya_name(site.name)) for site in sites}
+    held = {site.name: modules.get(site.name) for site in sites}
     _refuse_other_ranks(sites, held, options)
     weights: dict[str, Weights] = {}
     for site in sites:
@@ -69,61 +78,64 @@ def initial_weights(
         if module is None:
             weights[site.name] = fresh(site)
             continue
-        found = site_weights(module, site)
-        factor = module.alpha / module.rank / options.scale_at(site)
-        weights[site.name] = {"down": found["down"], "up": found["up"] * factor}
+        check_sizes(module, site)
+        found_there = _at_scale(module, site, options)
+        kept = get_network(options.kind).constants(options, site) - set(found_there)
+        begun = fresh(site) if kept else {}
+        weights[site.name] = {**found_there, **{word: begun[word] for word in kept & set(begun)}}
     return Initial(list(sites), weights, {site.name: options.scale_at(site) for site in sites})
 
 
 def weights_of(modules: Mapping[str, AdapterModule], sites: Sequence[Site]) -> Initial:
     """A file's own weights, ranks and scales on those of the sites that it has.
 
+    Args:
+        modules: by site; of one network (`parameters.network_of`).
+
     Raises:
         WeightsError: a layer of the file is of another size in this base.
     """
-    adapted = [site for site in sites if kohya_name(site.name) in modules]
-    held = {site.name: modules[kohya_name(site.name)] for site in adapted}
+    adapted = [site for site in sites if site.name in modules]
+    for site in adapted:
+        check_sizes(modules[site.name], site)
     return Initial(
         adapted,
-        {site.name: site_weights(held[site.name], site) for site in adapted},
-        {name: module.alpha / module.rank for name, module in held.items()},
+        {site.name: parameters_of(modules[site.name], site) for site in adapted},
+        {site.name: scale_in(modules[site.name], site) for site in adapted},
     )
 
 
-def site_weights(module: AdapterModule, site: Site) -> dict[str, NDArray[np.float64]]:
-    """A file's halves in the shapes that training has: (R, I) or (R, I, kh, kw), and (O, R).
-
-    Raises:
-        WeightsError: they are for a layer of another size.
-    """
-    down, up = module.tensors[DOWN], module.tensors[UP]
-    inputs, outputs, kernel = down.shape[1], up.shape[0], (*down.shape[2:], 1, 1)[:2]
-    if (inputs, outputs) != (site.inputs, site.outputs):
-        raise WeightsError(
-            f"{module.name}: the file's layer goes from {inputs} to {outputs} channels, the base's "
-            f"from {site.inputs} to {site.outputs}. The LoRA is for another base."
-        )
-    if kernel != site.kernel:
-        raise WeightsError(
-            f"{module.name}: the file's layer has a kernel of {_times(kernel)}, the base's of "
-            f"{_times(site.kernel)}. The LoRA is for another base."
-        )
-    return {"down": _float64(down.flatten(1) if kernel == (1, 1) else down), "up": _flat(up)}
+def _at_scale(module: AdapterModule, site: Site, options: NetworkOptions) -> Weights:
+    """The module's parameters under the job's alpha / rank."""
+    found = parameters_of(module, site)
+    own, wanted = scale_in(module, site), options.scale_at(site)
+    if own == wanted:
+        return found
+    if "up" in found:
+        return {**found, "up": found["up"] * (own / wanted)}
+    if module.kind in ("oft", "boft") and not own:
+        return found  # no limit in the file, and what it holds is within the one it had
+    raise WeightsError(
+        f"network.initial has a strength of {own:g} at {site.name}, and the job of {wanted:g}. "
+        f"Set network.alpha so that it is the file's (alpha / rank; its rank is {module.rank})."
+    )
 
 
 def _is_empty(module: AdapterModule) -> bool:
-    return not (module.tensors[DOWN].any() or module.tensors[UP].any())
+    return module.is_low_rank and not (module.tensors[DOWN].any() or module.tensors[UP].any())
 
 
-def _refuse_untrained(modules: Mapping[str, AdapterModule], sites: Sequence[Site]) -> None:
-    trained = {kohya_name(site.name) for site in sites}
-    left = [name for name in modules if name not in trained]
+def _refuse_untrained(
+    modules: Mapping[str, AdapterModule], sites: Sequence[Site], every: Sequence[Site]
+) -> None:
+    trained = {site.name for site in sites}
+    left = [site for site in every if site.name in modules and site.name not in trained]
     if not left:
         return
     components = {site.component for site in sites}
-    if any(component_of(name) not in components for name in left):
+    if any(site.component not in components for site in left):
         remedy = "set network.train: both"
-    elif any("resnets" in name or "samplers" in name for name in left):
+    elif any(site.role == "residual" for site in left):
         remedy = "set network.kind: locon"
     else:
         remedy = (
@@ -132,9 +144,22 @@ def _refuse_untrained(modules: Mapping[str, AdapterModule], sites: Sequence[Site
         )
     raise WeightsError(
         f"network.initial has {len(left)} layers that this job does not train, "
-        f"{some_of(left, _NAMED)}. So that nothing of it is lost, {remedy}; or start from another "
-        "file."
+        f"{some_of([site.name for site in left], _NAMED)}. So that nothing of it is lost, {remedy};"
+        " or start from another file."
     )
+
+
+def _refuse_other_kinds(modules: Mapping[str, AdapterModule], options: NetworkOptions) -> None:
+    low_rank = get_network(options.kind).low_rank
+    for name, module in modules.items():
+        of_file = network_of(module)
+        if of_file == options.kind or (low_rank and of_file == "lora"):
+            continue
+        raise WeightsError(
+            f"network.initial has {of_file} at {name}, and network.kind is {options.kind}: one "
+            f"cannot become the other without loss. Set network.kind: {of_file}, or merge the file "
+            "into the base (family.loras) and start fresh."
+        )
 
 
 def _refuse_other_ranks(
@@ -143,7 +168,9 @@ def _refuse_other_ranks(
     wrong = [
         f"{site.name} (rank {module.rank}, the job's is {options.rank_at(site)})"
         for site in sites
-        if (module := held[site.name]) is not None and module.rank != options.rank_at(site)
+        if (module := held[site.name]) is not None
+        and module.rank
+        and module.rank != options.rank_at(site)
     ]
     if wrong:
         raise WeightsError(
@@ -151,16 +178,3 @@ def _refuse_other_ranks(
             f"{some_of(wrong, _NAMED)}. Set network.initial_ranks: true in place of network.rank "
             "to take the file's, or set network.rank to them."
         )
-
-
-def _times(kernel: tuple[int, ...]) -> str:
-    return "x".join(map(str, kernel))
-
-
-def _flat(tensor: Tensor) -> NDArray[np.float64]:
-    return _float64(tensor.flatten(1))
-
-
-def _float64(tensor: Tensor) -> NDArray[np.float64]:
-    """float64 holds any dtype of a file."""
-    return np.asarray(tensor.double().numpy(), dtype=np.float64)

@@ -1,63 +1,77 @@
-"""Making a LoRA part of a base: W + strength · ΔW, exactly once rounded."""
+"""Making a LoRA part of a base: W + strength · change, exactly once rounded."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from torch import Tensor, nn
 
-from raylora.adapt.keys import component_of, layers_by_file_name
+from raylora.adapt import kinds
+from raylora.adapt.keys import layer_at
 from raylora.adapt.lora_file import AdapterFile, AdapterModule
+from raylora.adapt.onto import Names, check_sizes, onto, refuse_left
+from raylora.adapt.recognise import refuse_others
 from raylora.base.errors import WeightsError
+from raylora.base.site import Site
+
+Fitted = Mapping[str, AdapterModule]
+"""Site name -> what a file has for that layer."""
 
 
-def file_parts(file: AdapterFile) -> set[str]:
-    """Which models a file changes: "unet", "text_encoder" or both.
+def fitted(file: AdapterFile, sites: Iterable[Site], names: Names) -> Fitted:
+    """A file's modules by the layers that they are for, all found and of the right size.
+
+    Args:
+        sites: every layer of the base (`all_sites`).
 
     Raises:
-        WeightsError: a module of it is in neither, as in a file for SDXL or FLUX.
+        WeightsError: the file is for another family, or has a layer that the base lacks or has in
+            another size.
     """
-    return {component_of(name) for name in file.modules}
+    refuse_others(file, names.kind)
+    every = {site.name: site for site in sites}
+    found, left = onto(file, every.values(), names.place)
+    refuse_left(left)
+    for name, module in found.items():
+        check_sizes(module, every[name])
+    return found
 
 
-def merge_lora(component: str, model: nn.Module, file: AdapterFile, strength: float) -> int:
-    """Add strength · ΔW to one model's weights in place, and say of how many layers.
+def file_parts(modules: Fitted) -> set[str]:
+    """Which models a file changes, by component."""
+    return {name.partition(".")[0] for name in modules}
+
+
+def merge_lora(component: str, model: nn.Module, modules: Fitted, strength: float) -> int:
+    """Add strength · change to one model's weights in place, and say of how many layers.
 
     Each sum is taken in float64 and rounded once to the weight's dtype. What the file has of other
     models stays for those.
 
     Raises:
-        WeightsError: the model lacks a layer of the file, or has it in another size; nothing is
-            changed then.
+        WeightsError: a layer has no bias, and the file changes it; nothing is changed then.
     """
-    layers = layers_by_file_name(component, model)
-    found = {
-        name: _weight(module, layers.get(name))
-        for name, module in file.modules.items()
-        if component_of(name) == component
+    layers = {
+        name: layer_at(model, name) for name in modules if name.partition(".")[0] == component
     }
-    for name, weight in found.items():
-        change = file.delta(name).to(weight.device).reshape(weight.shape)
-        weight.data.copy_(weight.detach().double() + strength * change)
-    return len(found)
+    for name, layer in layers.items():
+        if getattr(layer, "bias", None) is None and "diff_b" in modules[name].tensors:
+            raise WeightsError(f"{name}: the file changes a bias, and the base's layer has none.")
+    for name, layer in layers.items():
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if weight.is_meta:
+            continue
+        held = weight.detach().double().cpu()
+        added = kinds.change(modules[name].tensors, held)
+        _add(weight, added["weight"], strength)
+        if "bias" in added:
+            bias = layer.bias
+            assert isinstance(bias, Tensor)
+            _add(bias, added["bias"], strength)
+    return len(layers)
 
 
-def _weight(module: AdapterModule, layer: nn.Module | None) -> Tensor:
-    """The weight that a module changes."""
-    if layer is None:
-        raise WeightsError(
-            f"{module.name}: the base has no such layer. The LoRA is for another family."
-        )
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    down, up, _ = module.low_rank
-    shape = (up.shape[0], *down.shape[1:])
-    # A 1x1 convolution and a linear layer are the same; bases were saved with either.
-    if _without_ones(shape) != _without_ones(tuple(weight.shape)):
-        raise WeightsError(
-            f"{module.name} is for a weight of shape {shape}, and the base has "
-            f"{tuple(weight.shape)} there: the LoRA was trained on another base."
-        )
-    return weight
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if set(shape[2:]) <= {1} else shape
+def _add(held: Tensor, added: Tensor, strength: float) -> None:
+    change = added.to(held.device).reshape(held.shape)
+    held.data.copy_(held.detach().double() + strength * change)

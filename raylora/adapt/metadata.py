@@ -35,12 +35,13 @@ class AdapterFacts:
         raylora_version, job_json: the program and the whole job, from which it can be run again.
         architecture: ModelSpec's id of the base with "/lora", e.g. "stable-diffusion-v1/lora".
         base_model_version: sd-scripts' word for the family, e.g. "sd_v1".
-        prediction_type: what the base predicts, "epsilon" or "v".
+        prediction_type: what the base predicts, "epsilon" or "v"; "" of flow models, for which
+            ModelSpec has no word.
         resolution: (width, height) in pixels.
         rank, alpha: of most modules; None where a file to start from chose them.
         network_module, network_args: sd-scripts' words for the network; all text, as it has them
             from its command line.
-        text_encoder_rate: None where it is not trained.
+        text_encoder_rates: None where it is not trained.
         images_per_step: of the global step; workers share it, so it names no machine.
         steps, epoch: done when this file was saved; max_steps, epochs: asked for.
         started_at, finished_at: seconds since 1970.
@@ -49,6 +50,7 @@ class AdapterFacts:
         vae_name: of a VAE that is not the base's.
         face_crop: "lowest,highest", as sd-scripts' option is written.
         timestep_range: lowest and one past the highest; None is all of them.
+        family_words: what sd-scripts writes for this family alone, without "ss_".
         minimal: only the words by which other programs tell what kind of file it is.
         dataset_folders: folder -> {"n_repeats": ..., "img_count": ...}; also `reg_folders`.
         tag_frequency: folder -> {tag: count}.
@@ -60,7 +62,7 @@ class AdapterFacts:
     output_name: str
     architecture: str
     base_model_version: str
-    prediction_type: Literal["epsilon", "v"]
+    prediction_type: Literal["epsilon", "v", ""]
     resolution: tuple[int, int]
     rank: int | None
     alpha: float | None
@@ -86,6 +88,7 @@ class AdapterFacts:
     tags: str = ""
     trigger_phrase: str = ""
     usage_hint: str = ""
+    family_words: Mapping[str, Any] = field(default_factory=dict)
     minimal: bool = False
     comment: str | None = None
     base_name: str = ""
@@ -98,7 +101,7 @@ class AdapterFacts:
     network_args: Mapping[str, Any] = field(default_factory=dict)
     network_dropout: float | None = None
     unet_rate: float | None = None
-    text_encoder_rate: float | None = None
+    text_encoder_rates: tuple[float, ...] | None = None
     warmup_steps: float = 0
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -153,6 +156,7 @@ def adapter_metadata(facts: AdapterFacts) -> dict[str, str]:
     """The header's words, but for the hashes, which `adapter_bytes` adds."""
     spec = {f"modelspec.{word}": value for word, value in _modelspec(facts).items() if value}
     words = {**_run(facts), **_network(facts), **_loss(facts), **_dataset(facts)}
+    words |= facts.family_words
     if facts.minimal:
         kept = {word: words[word] for word in _MINIMAL if word in words}
         return {**{f"ss_{word}": str(value) for word, value in kept.items()}, **spec}
@@ -192,7 +196,7 @@ def _run(facts: AdapterFacts) -> dict[str, Any]:
         "learning_rate": facts.learning_rate,
         "unet_lr": facts.unet_rate,
         # sd-scripts takes one for each text encoder, so it is a list there.
-        "text_encoder_lr": None if facts.text_encoder_rate is None else [facts.text_encoder_rate],
+        "text_encoder_lr": facts.text_encoder_rates and list(facts.text_encoder_rates),
         "optimizer": facts.optimizer,
         "lr_scheduler": facts.schedule,
         "lr_warmup_steps": facts.warmup_steps,

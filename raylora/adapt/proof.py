@@ -1,7 +1,8 @@
-"""Proof of export: each saved LoRA is read back by diffusers, in a process of its own.
+"""Proof of export: each saved LoRA is read back as others read it, in a process of its own.
 
 A file that loads and means something else is the worst way to lose a training run. So what is
-about to be published is converted by a reader raylora did not write, and every module's ΔW is
+about to be published is converted by a reader raylora did not write, diffusers', where that reads
+such files; by formulas apart from training's where it does not. Every module's change of weight is
 compared with the weights in training.
 """
 
@@ -14,16 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-import torch
-
-from raylora.adapt.deltas import LowRank
+from raylora.adapt.onto import Names
 from raylora.adapt.safetensors_format import pack
+from raylora.adapt.trained import Trained
 from raylora.base.errors import ExportError
 
 _STDERR_TAIL = 2000
@@ -36,12 +35,14 @@ class ProofReport:
 
     Attributes:
         modules: compared.
-        worst_error: largest ‖ΔW read - ΔW trained‖ / ‖ΔW trained‖ of a module.
+        by_diffusers: how many of them diffusers read; the rest it has no reader for.
+        worst_error: largest ‖change read - change trained‖ / ‖change trained‖ of a module.
         worst_module: where that is; "" when all are equal.
         seconds: the proof took, waiting for the reader's start included.
     """
 
     modules: int
+    by_diffusers: int
     worst_error: float
     worst_module: str
     seconds: float
@@ -76,12 +77,12 @@ class ExportProver:
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
 
-    def prove(self, file_bytes: bytes, expected: Mapping[str, LowRank]) -> ProofReport:
-        """Have the file read by diffusers and compare every module.
+    def prove(self, file_bytes: bytes, trained: Trained, names: Names) -> ProofReport:
+        """Have the file read by others and compare every module.
 
         Args:
             file_bytes: the whole LoRA file, as it is about to be published.
-            expected: raylora's module name -> (down, up, alpha / rank) as trained.
+            names: what files call the layers of the base.
 
         Raises:
             ExportError: modules differ, are missing or too many (the worst are named), diffusers
@@ -91,7 +92,7 @@ class ExportProver:
         self.start()
         deadline = started + self._timeout_seconds
         try:
-            for blob in (file_bytes, _packed(expected)):
+            for blob in (file_bytes, packed(trained, names)):
                 self._send(len(blob).to_bytes(8, "little"), deadline)
                 self._send(blob, deadline)
             answer = json.loads(self._receive(deadline))
@@ -104,11 +105,12 @@ class ExportProver:
             raise ExportError(f"The proof of export died: {self._last_words()}") from None
         if answer["problems"]:
             raise ExportError(
-                "The saved file, read back by diffusers, is not what was trained: "
+                "The saved file, read back, is not what was trained: "
                 + "; ".join(answer["problems"])
             )
         return ProofReport(
             modules=answer["modules"],
+            by_diffusers=answer["by_diffusers"],
             worst_error=answer["worst"],
             worst_module=answer["worst_module"],
             seconds=time.monotonic() - started,
@@ -174,12 +176,23 @@ class ExportProver:
         return f"{ended}. {tail}" if tail else f"{ended}, and it printed nothing."
 
 
-def _packed(expected: Mapping[str, LowRank]) -> bytes:
-    tensors = {}
-    for name, (down, up, scale) in expected.items():
-        tensors[f"{name}|down"], tensors[f"{name}|up"] = down, up
-        tensors[f"{name}|scale"] = torch.tensor(scale, dtype=torch.float64)
-    return pack(tensors, {})
+def packed(trained: Trained, names: Names) -> bytes:
+    """All that the far side needs to know of what was trained, and where."""
+    numbers = {site.name: number for number, site in enumerate(trained.sites)}
+    tensors = {
+        f"{numbers[name]}|{word}": held
+        for name, parameters in trained.parameters.items()
+        for word, held in parameters.items()
+    }
+    about = {
+        "network": trained.kind,
+        "family": names.kind,
+        "config": dict(names.config),
+        "sites": [asdict(site) for site in trained.sites],
+        "places": [asdict(names.place(site.name)) for site in trained.sites],
+        "scales": [trained.scales[site.name] for site in trained.sites],
+    }
+    return pack(tensors, {"about": json.dumps(about)})
 
 
 def _reader_environment() -> dict[str, str]:

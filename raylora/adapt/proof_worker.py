@@ -1,8 +1,11 @@
-"""The far side of the proof of export: reads a saved LoRA as diffusers does and compares.
+"""The far side of the proof of export: reads a saved LoRA as other programs do and compares.
 
 `python -m raylora.adapt.proof_worker` answers requests on standard input until that closes, so it
 ends with its parent however the parent ends. A request is two frames, the file and what was
 trained; an answer is one frame of JSON. A frame is 8 bytes of length, then that many bytes.
+
+What diffusers reads is compared as diffusers reads it; the rest by the formulas of `kinds`, which
+are not those of training.
 """
 
 from __future__ import annotations
@@ -14,255 +17,237 @@ import select
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raylora.adapt import kinds
 from raylora.adapt.deltas import LowRank, at_scale, delta_distance, delta_norm
-from raylora.adapt.keys import split_peft_key
+from raylora.adapt.diffusers_reader import (
+    diffusers_reads,
+    leaves_out,
+    read_with_diffusers,
+)
+from raylora.adapt.lora_file import AdapterFile, AdapterModule, read_adapter
+from raylora.adapt.onto import Names, onto, weight_shape
+from raylora.adapt.rounding import low_rank_bound, merged_bound
 from raylora.adapt.safetensors_format import open_source, read_header, read_tensors
-from raylora.base.errors import ExportError
+from raylora.adapt.trained import Trained
+from raylora.base.errors import ExportError, WeightsError
 from raylora.base.lookup import some_of
+from raylora.base.seeds import draw_normal
+from raylora.base.site import Place, Site
 
 _NAMED = 5  # faults of one kind that a message names
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What an independent reader found against what was trained.
+    """What another reader found against what was trained.
 
     Attributes:
         modules: compared.
-        worst: largest ‖ΔW read - ΔW trained‖ / ‖ΔW trained‖ of a module.
+        worst: largest ‖change read - change trained‖ / ‖change trained‖ of a module.
         worst_module: where that is; "" where no module differs at all.
         problems: one sentence each; () when the file is what was trained.
+        by_diffusers: how many of the modules diffusers read.
     """
 
     modules: int
     worst: float
     worst_module: str
     problems: tuple[str, ...]
+    by_diffusers: int = 0
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A LoRA file as diffusers' own reader gives it, by raylora's names.
+class _Found:
+    """One module against what was trained.
 
     Attributes:
-        modules: (down, up, alpha / rank), alpha as the file says and other programs apply it.
-        loaded_scales: alpha / rank as diffusers' `load_lora_weights` applies it.
+        error: relative to the change that was trained.
+        fits: whether the file's rounding explains it.
     """
 
-    modules: dict[str, LowRank]
-    loaded_scales: dict[str, float]
-
-    @property
-    def problems(self) -> list[str]:
-        """Where diffusers would not apply what the file says: one sentence, or none."""
-        wrong = [
-            f"{name} ({self.loaded_scales[name]:g} for {scale:g})"
-            for name, (_, _, scale) in sorted(self.modules.items())
-            if not math.isclose(self.loaded_scales[name], scale, rel_tol=1e-6)
-        ]
-        if not wrong:
-            return []
-        return [
-            "alpha differs between modules, and diffusers would apply another alpha / rank than "
-            f"the file says: {some_of(wrong, _NAMED)}"
-        ]
+    error: float
+    fits: bool
 
 
-def read_with_diffusers(path: Path) -> Reading:
-    """Every module of a LoRA file, read by diffusers.
-
-    Raises:
-        ExportError: diffusers refuses the file.
-    """
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
-
-    try:
-        state, network_alphas, settings = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            str(path), use_safetensors=True, local_files_only=True, return_lora_metadata=True
-        )
-        halves: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in _as_peft(state).items():
-            name, half = split_peft_key(key)
-            halves.setdefault(name, {})[half] = tensor
-        loaded = _loaded_scales(halves, network_alphas or {}, settings)
-        alphas = _file_alphas(network_alphas or {})
-        meant = {name: alphas[name] / len(halves[name]["down"]) for name in alphas}
-        if settings is not None:
-            meant = loaded
-        modules = {
-            name: (held["down"], held["up"], meant.get(name, 1.0)) for name, held in halves.items()
-        }
-        return Reading(modules, loaded)
-    # The reader raises whatever its first surprised line raises; all of it means the same here.
-    except Exception as error:
-        said = " ".join(str(error).split())
-        raise ExportError(
-            f"diffusers cannot read the file ({type(error).__name__}: {said})"
-        ) from error
-
-
-def compare(read: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> Comparison:
-    """Hold every module that was read against what was trained."""
-    problems = []
-    if missing := sorted(set(trained) - set(read)):
-        problems.append(f"missing from the file: {some_of(missing, _NAMED)}")
-    # A module that adds nothing may be there only so that diffusers sees the others.
-    more = sorted(set(read) - set(trained))
-    if extra := [name for name in more if delta_norm([read[name]])]:
-        problems.append(f"in the file but never trained: {some_of(extra, _NAMED)}")
-    errors: dict[str, float] = {}
-    wrong: list[str] = []
-    both = sorted(set(read) & set(trained))
-    for name in both:
-        if not _same_shape(read[name], trained[name]):
-            wrong.append(name)
-            errors[name] = math.inf
-            continue
-        distance, norm = delta_distance(read[name], trained[name]), delta_norm([trained[name]])
-        errors[name] = distance / norm if norm else (math.inf if distance else 0.0)
-        # The file may have another alpha, and its halves are rounded as they are there.
-        scale = read[name][2]
-        stored = at_scale(trained[name], scale) if scale else trained[name]
-        # "not <=", so that NaN is a fault too.
-        if not distance <= rounding_bound(stored, read[name][0].dtype):
-            wrong.append(name)
-    wrong.sort(key=lambda name: -errors[name])
-    if wrong:
-        problems.append(
-            f"ΔW differs: {some_of([f'{n} by {errors[n]:.1%}' for n in wrong], _NAMED)}"
-        )
-    worst = max(both, key=lambda name: errors[name], default="")
-    return Comparison(
-        modules=len(both),
-        worst=errors.get(worst, 0.0),
-        worst_module=worst if errors.get(worst) else "",
-        problems=tuple(problems),
-    )
-
-
-def rounding_bound(trained: LowRank, dtype: torch.dtype) -> float:
-    """How far ΔW can move, in Frobenius norm, when a file rounds both halves to `dtype`.
-
-    Rounding moves a number x by at most u·|x|, u half the spacing at 1 (2^-11 in float16, 2^-8 in
-    bfloat16, 2^-24 in float32), or by half the smallest subnormal; so with δD, δU of that size
-    ‖(U+δU)(D+δD) - UD‖ <= ‖U‖‖δD‖ + ‖δU‖‖D‖ + ‖δU‖‖δD‖. alpha is rounded to float32 besides, and
-    this comparison itself to float64.
-    """
-    down, up, scale = trained
-    unit, half_subnormal = torch.finfo(dtype).eps / 2, _half_subnormal(dtype)
-    down_norm, up_norm = float(down.double().norm()), float(up.double().norm())
-    down_moved = unit * down_norm + half_subnormal * math.sqrt(down.numel())
-    up_moved = unit * up_norm + half_subnormal * math.sqrt(up.numel())
-    halves = up_norm * down_moved + up_moved * down_norm + up_moved * down_moved
-    alpha = 2.0**-24 * up_norm * down_norm
-    float64 = 1e-14 * up_norm * down_norm  # some 50 roundings of QR, 2^-53 each
-    return abs(scale) * (halves + alpha + float64)
-
-
-def _half_subnormal(dtype: torch.dtype) -> float:
-    info = torch.finfo(dtype)
-    return float(info.smallest_normal) * float(info.eps) / 2
-
-
-def _as_peft(state: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' two older spellings to its present one, with diffusers' own tables."""
-    from diffusers.utils import (
-        convert_state_dict_to_diffusers,
-        convert_state_dict_to_peft,
-        convert_unet_state_dict_to_peft,
-    )
-
-    unet = {key: value for key, value in state.items() if key.startswith("unet.")}
-    text = {key: value for key, value in state.items() if not key.startswith("unet.")}
-    if text:
-        text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text))
-    return {**convert_unet_state_dict_to_peft(unet), **text}
-
-
-def _file_alphas(network_alphas: Mapping[str, float]) -> dict[str, float]:
-    """Alpha of each module; the reader hangs it on the module or on its lower half, by kind."""
-    keys = {key.removesuffix(".alpha"): alpha for key, alpha in network_alphas.items()}
-    whole = {key: alpha for key, alpha in keys.items() if not key.endswith(".down.weight")}
-    lower = {key: alpha for key, alpha in keys.items() if key.endswith(".down.weight")}
-    return whole | {split_peft_key(key)[0]: alpha for key, alpha in _as_peft(lower).items()}
-
-
-def _loaded_scales(
-    halves: Mapping[str, Mapping[str, Tensor]],
-    network_alphas: Mapping[str, float],
-    settings: Mapping[str, Any] | None,
-) -> dict[str, float]:
-    """alpha / rank of each module as `load_lora_weights` will set it.
-
-    That is not always what the file says: where alphas differ between modules, diffusers 0.42 hands
-    peft patterns that no attention layer matches, and those get the alpha most modules have. So
-    diffusers and peft are asked, not the file. `settings` are those that a file of diffusers' own
-    naming may bring.
-    """
-    from diffusers.utils import get_peft_kwargs
-    from peft.utils.other import get_pattern_key
-
-    scales = {}
-    for component in ("unet", "text_encoder"):
-        # The text encoder's modules have no `text_model.` level in transformers 5.
-        paths = {
-            name: name.removeprefix(f"{component}.").removeprefix("text_model.")
-            for name in halves
-            if name.startswith(f"{component}.")
-        }
-        ranks = {
-            f"{path}.lora_B.weight": halves[name]["up"].shape[1] for name, path in paths.items()
-        }
-        alphas = _of_component(network_alphas, component)
-        if not paths:
-            continue
-        if settings is None:
-            config = get_peft_kwargs(ranks, alphas, dict.fromkeys(ranks), component == "unet")
-        else:
-            config = {"alpha_pattern": {}, **_of_component(settings, component)}
-        patterns = config["alpha_pattern"]
-        for name, path in paths.items():
-            alpha = patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"])
-            scales[name] = alpha / ranks[f"{path}.lora_B.weight"]
-    return scales
-
-
-def _of_component(words: Mapping[str, Any], component: str) -> dict[str, Any]:
-    start = f"{component}."
-    return {word.removeprefix(start): words[word] for word in words if word.startswith(start)}
-
-
-def _same_shape(first: LowRank, second: LowRank) -> bool:
-    return first[0].shape[1:] == second[0].shape[1:] and first[1].shape[0] == second[1].shape[0]
-
-
-def _trained(blob: bytes) -> dict[str, LowRank]:
-    stream, size, called = open_source(blob)
-    tensors = read_tensors(stream, read_header(stream, size, called))
-    names = {key.rpartition("|")[0] for key in tensors}
-    return {
-        name: (tensors[f"{name}|down"], tensors[f"{name}|up"], float(tensors[f"{name}|scale"]))
-        for name in names
-    }
-
-
-def _answer(file_bytes: bytes, expected: bytes) -> dict[str, Any]:
+def compare_file(data: bytes, trained: Trained, names: Names) -> Comparison:
+    """Hold every module of a file against what was trained."""
     with tempfile.TemporaryDirectory(prefix="raylora-proof-") as folder:
         path = Path(folder) / "adapter.safetensors"
-        path.write_bytes(file_bytes)
+        path.write_bytes(data)
         try:
-            reading = read_with_diffusers(path)
-        except ExportError as error:
-            return asdict(Comparison(0, math.inf, "", (str(error),)))
-    found = compare(reading.modules, _trained(expected))
-    return asdict(replace(found, problems=(*found.problems, *reading.problems)))
+            file = read_adapter(data)
+            held, left = onto(file, trained.sites, names.place)
+            reading = None
+            if diffusers_reads(file, names.kind):
+                reading = read_with_diffusers(path, names, file)
+        except (ExportError, WeightsError) as error:
+            return Comparison(0, math.inf, "", (str(error),))
+    read = dict(held)
+    taken: set[str] = set()
+    if reading is not None:
+        kept = _dropped(file, trained.sites, names)
+        taken = set(reading.modules)
+        read = {name: module for name, module in held.items() if name in kept}
+        read |= {name: reading.module(name) for name in reading.modules}
+        left = []  # diffusers' own names tell below what was never trained
+    found = compare(read, trained, stored=held, dtype=file.dtype)
+    problems = [*found.problems, *(reading.problems if reading else ())]
+    if unknown := [name for name in left if _changes(file.modules[name])]:
+        problems.append(f"in the file but never trained: {some_of(unknown, _NAMED)}")
+    return Comparison(
+        found.modules,
+        found.worst,
+        found.worst_module,
+        tuple(problems),
+        by_diffusers=len(taken & {site.name for site in trained.sites}),
+    )
+
+
+def compare(
+    read: Mapping[str, AdapterModule],
+    trained: Trained,
+    *,
+    stored: Mapping[str, AdapterModule],
+    dtype: torch.dtype,
+) -> Comparison:
+    """Hold modules by the names of sites against what was trained there.
+
+    Args:
+        stored: the same as the file holds them, whose scales say how its numbers were rounded.
+        dtype: of the file's numbers.
+    """
+    sites = {site.name: site for site in trained.sites}
+    problems = []
+    missing = [name for name in sorted(set(sites) - set(read)) if _moves(sites[name], trained)]
+    if missing:
+        problems.append(f"missing from the file: {some_of(missing, _NAMED)}")
+    # A module that adds nothing may be there only so that diffusers sees the others.
+    if extra := [name for name in sorted(set(read) - set(sites)) if _changes(read[name])]:
+        problems.append(f"in the file but never trained: {some_of(extra, _NAMED)}")
+    both = sorted(set(read) & set(sites))
+    found = {
+        name: _compare_one(
+            read[name], stored.get(name, read[name]), trained, sites[name], number, dtype
+        )
+        for number, name in enumerate(both)
+    }
+    wrong = sorted((n for n in both if not found[n].fits), key=lambda name: -found[name].error)
+    if wrong:
+        told = [f"{name} by {found[name].error:.1%}" for name in wrong]
+        problems.append(f"ΔW differs: {some_of(told, _NAMED)}")
+    worst = max(both, key=lambda name: found[name].error, default="")
+    error = found[worst].error if worst else 0.0
+    return Comparison(len(both), error, worst if error else "", tuple(problems))
+
+
+def _dropped(file: AdapterFile, sites: list[Site], names: Names) -> set[str]:
+    """The sites of the modules that diffusers' reader leaves out, as it is known to."""
+    out = {name: file.modules[name] for name in file.modules if leaves_out(name, names.kind)}
+    if not out:
+        return set()
+    part = AdapterFile(
+        out, file.metadata, file.dtype, file.size_bytes, file.model_hash, file.spelling
+    )
+    return set(onto(part, sites, names.place)[0])
+
+
+def _compare_one(
+    module: AdapterModule,
+    stored: AdapterModule,
+    trained: Trained,
+    site: Site,
+    number: int,
+    dtype: torch.dtype,
+) -> _Found:
+    wanted = trained.low_rank(site)
+    if wanted is None or not module.is_low_rank:
+        return _compare_merged(module, site, trained, number)
+    # The file may have another alpha, and its halves are rounded as they are there.
+    scale = stored.low_rank[2]
+    rounded = at_scale(wanted, scale) if scale else wanted
+    return _compare_low_rank(module.low_rank, wanted, low_rank_bound(rounded, dtype))
+
+
+def _compare_low_rank(read: LowRank, wanted: LowRank, bound: float) -> _Found:
+    if read[0].shape[1:] != wanted[0].shape[1:] or read[1].shape[0] != wanted[1].shape[0]:
+        return _Found(math.inf, fits=False)
+    distance, norm = delta_distance(read, wanted), delta_norm([wanted])
+    return _Found(_relative(distance, norm), fits=distance <= bound)  # NaN does not
+
+
+def _compare_merged(module: AdapterModule, site: Site, trained: Trained, number: int) -> _Found:
+    """Both in a random weight of the layer's shape."""
+    shape = weight_shape(site)
+    drawn = draw_normal(shape, seed=0, step=0, sample=number, purpose="validation")
+    weight = torch.from_numpy(drawn).double() / math.sqrt(site.inputs)
+    held = {"weight": weight, "bias": weight.reshape(len(weight), -1)[:, 0].clone()}
+    if site.kind == "norm":
+        held["bias"] = weight.flip(0)
+    wanted = trained.merged(site, dict(held))
+    try:
+        read = kinds.merged(module.tensors, held)
+    except (RuntimeError, ValueError):  # shapes that do not go together
+        return _Found(math.inf, fits=False)
+    pairs = [
+        (read.get(word, held[word]), wanted.get(word, held[word]), held[word]) for word in held
+    ]
+    distance = math.hypot(*(float((one - two).norm()) for one, two, _ in pairs))
+    norm = math.hypot(*(float((two - base).norm()) for _, two, base in pairs))
+    bound = merged_bound(module, weight)
+    if "bias" in read:
+        bound *= 2  # a difference of biases is rounded as the weight's is, and is no longer
+    return _Found(_relative(distance, norm), fits=distance <= bound)
+
+
+def _relative(distance: float, norm: float) -> float:
+    return distance / norm if norm else (math.inf if distance else 0.0)
+
+
+def _moves(site: Site, trained: Trained) -> bool:
+    """Whether training moved a layer at all: what changes nothing need not be in a file."""
+    wanted = trained.low_rank(site)
+    return wanted is None or delta_norm([wanted]) != 0
+
+
+def _changes(module: AdapterModule) -> bool:
+    return not module.is_low_rank or delta_norm([module.low_rank]) != 0
+
+
+def unpacked(blob: bytes) -> tuple[Trained, Names]:
+    """What `proof.packed` packed."""
+    stream, size, called = open_source(blob)
+    header = read_header(stream, size, called)
+    tensors = read_tensors(stream, header)
+    about = json.loads(header.metadata["about"])
+    sites = [_site(words) for words in about["sites"]]
+    places = {
+        site.name: Place(**{**words, "rows": tuple(words["rows"]) if words["rows"] else None})
+        for site, words in zip(sites, about["places"], strict=True)
+    }
+    parameters: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites}
+    for key, tensor in tensors.items():
+        number, _, word = key.partition("|")
+        parameters[sites[int(number)].name][word] = tensor
+    scales = dict(zip(parameters, about["scales"], strict=True))
+    trained = Trained(about["network"], sites, parameters, scales)
+    return trained, Names(about["family"], lambda name: places[name], about["config"])
+
+
+def _site(words: dict[str, Any]) -> Site:
+    pairs = {word: tuple(words[word]) for word in ("kernel", "stride", "padding")}
+    return Site(**{**words, **pairs})
+
+
+def _answer(data: bytes, expected: bytes) -> dict[str, Any]:
+    trained, names = unpacked(expected)
+    return asdict(compare_file(data, trained, names))
 
 
 def _read_frame(source: int, parent: int) -> bytes | None:
@@ -289,11 +274,11 @@ def _serve(source: int, sink: int, parent: int) -> None:
     import diffusers.loaders  # noqa: F401  (6-10 s with peft, once, while training goes on)
 
     torch.set_num_threads(1)
-    while (file_bytes := _read_frame(source, parent)) is not None:
+    while (data := _read_frame(source, parent)) is not None:
         expected = _read_frame(source, parent)
         if expected is None:
             return
-        text = json.dumps(_answer(file_bytes, expected)).encode()
+        text = json.dumps(_answer(data, expected)).encode()
         os.write(sink, len(text).to_bytes(8, "little") + text)
 
 

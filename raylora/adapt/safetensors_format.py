@@ -30,8 +30,10 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I32": torch.int32,
     "F32": torch.float32,
     "F64": torch.float64,
+    "I64": torch.int64,
 }
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 _ORDER = {word: place for place, word in enumerate(_DTYPES)}

@@ -25,6 +25,7 @@ Purpose = Literal[
     "picture",
     "caption",
     "caption dropout",
+    "encoder dropout",
     "picture turn",
     "caption turn",
     "dropout",

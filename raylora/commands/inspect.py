@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
 
+from raylora.adapt import kinds
 from raylora.adapt.deltas import delta_norm
-from raylora.adapt.lora_file import AdapterFile, read_adapter
+from raylora.adapt.lora_file import AdapterFile, AdapterModule, read_adapter
+from raylora.adapt.recognise import FAMILIES, families_of
+from raylora.base.errors import WeightsError
 from raylora.base.units import mib
 from raylora.cli_options import json_option, lora_file_argument
 
@@ -22,6 +25,7 @@ _FAMILIES = {
     "sd_v2_v": "Stable Diffusion 2.x (v)",
     "sdxl_base_v1-0": "SDXL",
     "flux1": "FLUX.1",
+    "sd3m": "Stable Diffusion 3",
 }
 _HASH_WORDS = {True: "fits the weights", False: "DOES NOT FIT the weights", None: "not in the file"}
 
@@ -46,19 +50,22 @@ def describe(name: str, adapter: AdapterFile) -> dict[str, Any]:
     """Everything `inspect` knows of a file, as a JSON document."""
     words = adapter.metadata
     modules = adapter.modules
-    norms = {name: delta_norm([module.low_rank]) for name, module in modules.items()}
+    norms = {name: norm for name, module in modules.items() if (norm := _norm(module)) is not None}
     return {
         "file": name,
         "size_bytes": adapter.size_bytes,
         "dtype": str(adapter.dtype).removeprefix("torch."),
         "family": words.get("ss_base_model_version"),
+        "fits": _fits(adapter),
+        "spelling": adapter.spelling,
+        "networks": _counted_words(_network(module) for module in modules.values()),
         "architecture": words.get("modelspec.architecture"),
         "prediction_type": words.get("modelspec.prediction_type"),
         "base": words.get("ss_sd_model_name"),
         "modules": len(modules),
         "components": dict(Counter(_component(name) for name in modules)),
-        "ranks": _counted(module.rank for module in modules.values()),
-        "alphas": _counted(module.alpha for module in modules.values()),
+        "ranks": _counted(module.rank for module in modules.values() if module.rank),
+        "alphas": _counted(module.alpha for module in modules.values() if module.rank),
         "steps": _number(words.get("ss_steps")),
         "max_steps": _number(words.get("ss_max_train_steps")),
         "epoch": _number(words.get("ss_epoch")),
@@ -79,7 +86,9 @@ def describe(name: str, adapter: AdapterFile) -> dict[str, Any]:
             "largest": max(norms.values()),
             "largest_module": max(norms, key=lambda name: norms[name]),
             "zero_modules": sum(norm == 0 for norm in norms.values()),
-        },
+        }
+        if norms
+        else None,
         "metadata": words,
         "job": _job(words.get("raylora.job")),
     }
@@ -88,14 +97,18 @@ def describe(name: str, adapter: AdapterFile) -> dict[str, Any]:
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Label and text of each line; lines of which the file says nothing are left out."""
     yield "file", f"{facts['file']}, {mib(facts['size_bytes'])}, {facts['dtype']}"
-    family = _FAMILIES.get(facts["family"], facts["family"] or "unknown: the file does not say")
+    told = " or ".join(FAMILIES.get(kind, kind) for kind in facts["fits"])
+    family = _FAMILIES.get(facts["family"], facts["family"] or f"{told} by its names")
     predicts = f", predicts {facts['prediction_type']}" if facts["prediction_type"] else ""
     yield "family", family + predicts
     if facts["base"]:
         yield "base", facts["base"]
     parts = ", ".join(f"{count} in {part}" for part, count in facts["components"].items())
     yield "modules", f"{facts['modules']} ({parts})"
-    yield "rank", f"{_spread(facts['ranks'])}, alpha {_spread(facts['alphas'])}"
+    networks = _spread(facts["networks"])
+    yield "network", f"{networks}, names as {facts['spelling']} has them"
+    if facts["ranks"]:
+        yield "rank", f"{_spread(facts['ranks'])}, alpha {_spread(facts['alphas'])}"
     if facts["steps"] is not None:
         yield "trained", _trained(facts)
     for label in ("optimizer", "title", "author", "date", "trigger", "comment"):
@@ -105,6 +118,8 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if found != _HASH_WORDS[None]:
             yield "hash", f"{word} {found}"
     norms = facts["norms"]
+    if norms is None:  # what they change depends on the base
+        return
     yield (
         "ΔW norms",
         (
@@ -131,7 +146,35 @@ def _trained(facts: dict[str, Any]) -> str:
 
 
 def _component(name: str) -> str:
-    return "unet" if name.startswith("lora_unet_") else "text encoder"
+    if name.startswith(("lora_te", "text_encoder")):
+        return "text encoder"
+    transformer = ("transformer.", "lora_transformer_")
+    return "transformer" if name.startswith(transformer) or "joint_blocks" in name else "unet"
+
+
+def _fits(adapter: AdapterFile) -> list[str]:
+    """The families that names and sizes leave; none where they are another model's."""
+    try:
+        return sorted(families_of(adapter))
+    except WeightsError:
+        return []
+
+
+def _network(module: AdapterModule) -> str:
+    return f"{module.kind} with DoRA" if kinds.DORA in module.tensors else module.kind
+
+
+def _norm(module: AdapterModule) -> float | None:
+    """Of the change of weight; None where that depends on the weight."""
+    if module.is_low_rank:
+        return delta_norm([module.low_rank])
+    if not kinds.is_additive(module.tensors):
+        return None
+    return float(kinds.change(module.tensors)["weight"].norm())
+
+
+def _counted_words(words: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(words).most_common())
 
 
 def _counted(values: Any) -> dict[str, int]:

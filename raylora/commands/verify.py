@@ -10,11 +10,14 @@ from typing import Any
 
 import click
 
-from raylora.adapt.lora_file import read_adapter
+from raylora.adapt.lora_file import AdapterFile, read_adapter
 from raylora.adapt.predictions import verify_predictions
-from raylora.base.errors import WeightsError
+from raylora.adapt.recognise import FAMILIES, families_of
+from raylora.base.errors import OptionError, WeightsError
 from raylora.base.units import duration, mib
 from raylora.cli_options import json_option, lora_file_argument
+from raylora.families import get_family
+from raylora.weights.base import open_base
 
 
 @click.command()
@@ -22,15 +25,22 @@ from raylora.cli_options import json_option, lora_file_argument
 @click.option(
     "--base",
     required=True,
-    metavar="FOLDER",
-    help="The base the LoRA is for: a local folder in diffusers layout.",
+    metavar="BASE",
+    help="The base the LoRA is for: a folder in diffusers layout, a .safetensors file, a model "
+    "hub's id or a short name.",
+)
+@click.option(
+    "--family",
+    type=click.Choice(sorted(FAMILIES)),
+    help="The base's family, where the file does not tell it.",
 )
 @json_option
-def command(file: Path, base: str, as_json: bool) -> dict[str, Any]:
+def command(file: Path, base: str, family: str | None, as_json: bool) -> dict[str, Any]:
     """Prove that the LoRA FILE means the same to diffusers as to raylora.
 
     Every module's weights are compared, then whole predictions of the base: once with diffusers and
-    peft loading the file, once with its weights merged by raylora. Exit code 0 only if all agree.
+    peft loading the file (or with the adapter in the forward passes, where diffusers reads no such
+    file), once with its weights merged by raylora. Exit code 0 only if all agree.
     """
     adapter = read_adapter(file)
     unfit = [word for word, fits in adapter.hash_checks.items() if fits is False]
@@ -40,24 +50,60 @@ def command(file: Path, base: str, as_json: bool) -> dict[str, Any]:
             "saved. Take the file from where it was made."
         )
     _quieten_libraries()
-    report = verify_predictions(file, base)
+    kind = family or _family_of(file, adapter)
+    make, options = get_family(kind)
+    report = verify_predictions(
+        file, make(open_base(base, kind=kind), options(kind=kind, weights=base))
+    )
     hashed = [word for word, fits in adapter.hash_checks.items() if fits]
     if not as_json:
         click.echo(f"file        {file.name}, {mib(adapter.size_bytes)}, {report.modules} modules")
         fit = "fits" if len(hashed) == 1 else "fit"
         told = f"{' and '.join(hashed)} {fit}" if hashed else "none in the file"
         click.echo(f"hashes      {told}")
+        if report.reader == "diffusers":
+            click.echo(
+                f"readers     diffusers and raylora read the same ΔW in {report.modules} of "
+                f"{report.modules} modules (largest difference {report.reader_error:.1e})"
+            )
+        else:
+            click.echo("readers     raylora alone: diffusers has no reader for such files")
+        other = "diffusers with peft" if report.reader == "diffusers" else "the adapter in place"
         click.echo(
-            f"readers     diffusers and raylora read the same ΔW in {report.modules} of "
-            f"{report.modules} modules (largest difference {report.reader_error:.1e})"
-        )
-        click.echo(
-            f"prediction  diffusers with peft and merged weights differ by {report.difference:.1e} "
+            f"prediction  {other} and merged weights differ by {report.difference:.1e} "
             f"(rounding: up to {report.limit:.0e})"
         )
         click.echo(f"effect      the LoRA moves the base's prediction by {report.effect:.2%}")
         click.echo(f"good        in {duration(report.seconds)}")
     return {"file": str(file), "base": base, "hashes": hashed, **asdict(report)}
+
+
+def _family_of(file: Path, adapter: AdapterFile) -> str:
+    """What the file's header or its names tell.
+
+    Raises:
+        OptionError: they leave several families.
+    """
+    found = families_of(adapter)
+    told = _BY_HEADER.get(adapter.metadata.get("ss_base_model_version", ""))
+    if told in found:
+        return told
+    if len(found) == 1:
+        return next(iter(found))
+    raise OptionError(
+        f"{file} may be for {', '.join(sorted(found))}: nothing in it tells them apart. Name the "
+        "base's family with --family."
+    )
+
+
+_BY_HEADER = {
+    "sd_v1": "sd15",
+    "sd_v2": "sd2",
+    "sd_v2_v": "sd2",
+    "sdxl_base_v1-0": "sdxl",
+    "flux1": "flux1",
+}
+"""ss_base_model_version -> `family.kind`; SD 3 has several words there."""
 
 
 def _quieten_libraries() -> None:

@@ -122,6 +122,16 @@ class Chooser:
         generator = draw_generator(self._seed, showing.step, showing.sample, "caption dropout")
         return is_dropped(options, float(uniforms(generator, 1)[0]), showing.epoch + 1)
 
+    def dropped_encoders(self, showing: Showing, rates: Sequence[float]) -> list[bool]:
+        """Which text encoders the showing is trained without, each drawn by itself.
+
+        Args:
+            rates: share of showings, for each encoder.
+        """
+        generator = draw_generator(self._seed, showing.step, showing.sample, "encoder dropout")
+        drawn = uniforms(generator, len(rates)).tolist()
+        return [chance < rate for chance, rate in zip(drawn, rates, strict=True)]
+
     def live_picture(self, showing: Showing, of_set: int, size: Size, key: str) -> Look:
         """A picture drawn for this showing alone."""
         options = self._sets[of_set]

@@ -127,28 +127,14 @@ def chunk_captions(
     return Chunks(torch.tensor(rows_ids), torch.tensor(rows_weights, dtype=torch.float32))
 
 
-def encode_chunks(encoder: Any, chunks: Chunks, *, clip_skip: int) -> Tensor:
-    """What the denoiser is given of captions: the chunks' hidden states, weighted and joined.
-
-    Args:
-        encoder: a CLIPTextModel of transformers.
-        clip_skip: which layer's output is taken, counted from the last, which is 1; CLIP's final
-            norm follows it.
+def join_chunks(hidden_BNTD: Tensor, chunks: Chunks) -> Tensor:
+    """The chunks' hidden states, weighted and joined.
 
     Returns:
-        (B, 75 N + 2, D) in the encoder's dtype: the first chunk's first token, the middles of all
-        chunks, the last chunk's last token.
+        (B, 75 N + 2, D) in their dtype: the first chunk's first token, the middles of all chunks,
+        the last chunk's last token.
     """
-    ids_BNT = chunks.ids_BNT.to(encoder.device, non_blocking=True)
-    flat = ids_BNT.flatten(0, 1)
-    if clip_skip == 1:
-        hidden = encoder(flat).last_hidden_state
-    else:
-        states = encoder(flat, output_hidden_states=True).hidden_states
-        # Models with a projection hold the text model within; the plain ones are it.
-        hidden = getattr(encoder, "text_model", encoder).final_layer_norm(states[-clip_skip])
-    hidden_BNTD: Tensor = hidden.unflatten(0, ids_BNT.shape[:2])
-    weights_BNT = chunks.weights_BNT.to(encoder.device, non_blocking=True)
+    weights_BNT = chunks.weights_BNT.to(hidden_BNTD.device, non_blocking=True)
     weighted_BNTD = (hidden_BNTD * weights_BNT[..., None]).to(hidden_BNTD.dtype)
     middles = weighted_BNTD[:, :, 1:-1].flatten(1, 2)
     return torch.cat([weighted_BNTD[:, 0, :1], middles, weighted_BNTD[:, -1, -1:]], dim=1)

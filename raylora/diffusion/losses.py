@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Literal, Self
+from typing import Literal, Self, cast, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -13,10 +13,14 @@ from torch import Tensor
 
 from raylora.base.options import Options, known_as
 from raylora.diffusion.by_timestep import ByTimestep
-from raylora.diffusion.process import Process
+from raylora.diffusion.process import AnyProcess, Flow, Process
 from raylora.diffusion.weights import (
+    FLOW_WEIGHTS,
+    FlowWeight,
+    SnrWeight,
     WeightOptions,
     debiased_weight,
+    flow_weight,
     min_snr_weight,
     noise_like_weight,
     v_like_weight,
@@ -26,8 +30,11 @@ WEIGHING = ("mask", "weight")
 """What may come with a batch: (B, 1, H, W) in 0..1, where the loss counts; (B,), how much."""
 SampleLoss = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(prediction, target, timesteps, weighing) -> (B,) loss."""
+HuberSchedule = Literal["snr", "exponential", "constant"]
 _Errors = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(prediction, target, timesteps) -> (B, C, H, W)."""
+_OfTimesteps = Callable[[Tensor], Tensor]
+"""timesteps -> (B,) float64."""
 
 
 class LossOptions(Options):
@@ -45,8 +52,8 @@ class LossOptions(Options):
     """l2: mean squared error; l1: mean absolute error. huber and smooth_l1 are squares up to about
     `huber_c` and straight beyond, so that a few bad images or captions pull less; huber is of l2's
     size where errors are small, smooth_l1 of l1's where they are large."""
-    huber_schedule: Literal["snr", "exponential", "constant"] = Field(
-        "snr",
+    huber_schedule: HuberSchedule | None = Field(
+        None,
         json_schema_extra=known_as(
             formula="constant: c = scale huber_c; exponential: c = scale huber_c^(t / T); snr: "
             "c = (1 - huber_c) / (1 + sigma)^2 + huber_c, sigma = 1 / sqrt(SNR)",
@@ -55,7 +62,8 @@ class LossOptions(Options):
     )
     """How c of huber and smooth_l1 goes over the timesteps. snr and exponential: from nearly 1
     where latents are nearly clean, so that details are learned as by l2, down to `huber_c` in pure
-    noise, where outliers do most harm. constant: `huber_c` everywhere."""
+    noise, where outliers do most harm. constant: `huber_c` everywhere. Null is snr, and exponential
+    for flow models, which have no such ratio."""
     huber_c: float = Field(0.1, gt=0, json_schema_extra=known_as(sd_scripts="--huber_c"))
     """Where squares end in pure noise; smaller is more robust to outliers, and learns slower."""
     huber_scale: float = Field(1.0, gt=0, json_schema_extra=known_as(sd_scripts="--huber_scale"))
@@ -101,20 +109,39 @@ class LossOptions(Options):
                     f"{self.name}. Write loss.name: huber, or leave {word} out."
                 )
         if self.huber_scale != 1 and self.huber_schedule == "snr":
-            raise ValueError(
-                f"loss.huber_scale is {self.huber_scale:g}, which the snr schedule does not use. "
-                "Write loss.huber_schedule: constant or exponential, or leave huber_scale out."
-            )
+            raise ValueError(_UNSCALED.format(self.huber_scale))
         return self
 
+    def schedule_for(self, process: AnyProcess) -> HuberSchedule:
+        """`huber_schedule`, or what is usual."""
+        return self.huber_schedule or ("exponential" if isinstance(process, Flow) else "snr")
 
-def loss_problems(options: LossOptions, process: Process) -> list[str]:
+
+_UNSCALED = (
+    "loss.huber_scale is {:g}, which the snr schedule does not use. Write loss.huber_schedule: "
+    "constant or exponential, or leave huber_scale out."
+)
+
+
+def loss_problems(
+    options: LossOptions, process: AnyProcess, family: str = "this base"
+) -> list[str]:
     """What of the loss cannot be for this base, one sentence each.
 
     Args:
         process: as it is trained (`noise.trained_process`).
+        family: the word for it.
     """
+    if isinstance(process, Flow):
+        return list(_flow_problems(options, family))
     found, v = [], process.prediction == "v_prediction"
+    if options.weight.name in FLOW_WEIGHTS:
+        found.append(
+            f"loss.weight.name is {options.weight.name}, a weight of flow models' sigmas, and "
+            f"{family} predicts {'v' if v else 'epsilon'}. Choose none, min_snr or debiased."
+        )
+    if options.huber_schedule is None and options.huber_scale != 1:
+        found.append(_UNSCALED.format(options.huber_scale))
     if options.scale_v_pred_like_noise and not v:
         found.append(
             "loss.scale_v_pred_like_noise is for models that predict v, and this one predicts "
@@ -137,6 +164,27 @@ def loss_problems(options: LossOptions, process: Process) -> list[str]:
             if given
         ]
     return found
+
+
+def _flow_problems(options: LossOptions, family: str) -> Iterator[str]:
+    if options.weight.name in get_args(SnrWeight):
+        yield (
+            f"loss.weight.name is {options.weight.name}, which weighs by the signal-to-noise ratio "
+            f"of models that predict epsilon or v, and {family} is a flow model. Choose none, "
+            f"{', '.join(FLOW_WEIGHTS[:-1])} or {FLOW_WEIGHTS[-1]}."
+        )
+    if options.huber_schedule == "snr":
+        yield (
+            f"loss.huber_schedule is snr, a ratio of models that predict epsilon or v, and "
+            f"{family} is a flow model. Choose exponential or constant, or leave it out."
+        )
+    for word, wanted in (("scale_v_pred_like_noise", "v"), ("v_pred_like", "epsilon")):
+        value = getattr(options, word)
+        if value:
+            yield (
+                f"loss.{word} is {str(value).lower()}, which is for models that predict {wanted}, "
+                f"and {family} is a flow model. Leave it out."
+            )
 
 
 def l2(prediction: Tensor, target: Tensor) -> Tensor:
@@ -168,16 +216,20 @@ def huber(prediction: Tensor, target: Tensor, c: Tensor) -> Tensor:
 
 def huber_thresholds(options: LossOptions, process: Process) -> Tensor:
     """Where squares end at each timestep, (steps,) float64."""
-    least, scale, steps = options.huber_c, options.huber_scale, process.steps
-    if options.huber_schedule == "constant":
-        return torch.full((steps,), scale * least, dtype=torch.float64)
-    if options.huber_schedule == "exponential":
-        share = torch.arange(steps, dtype=torch.float64) / steps
-        return scale * (share * math.log(least)).exp()
-    alphas = process.alphas_cumprod
+    if options.schedule_for(process) != "snr":
+        share = torch.arange(process.steps, dtype=torch.float64) / process.steps
+        return _threshold_at(share, options, process)
+    alphas, least = process.alphas_cumprod, options.huber_c
     # 1 / (1 + sigma), sigma = sqrt((1 - alpha) / alpha), which is infinite without signal
     signal = alphas.sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
     return (1 - least) * signal.square() + least
+
+
+def _threshold_at(share: Tensor, options: LossOptions, process: AnyProcess) -> Tensor:
+    """Of the schedules that look at t / T alone, (…) float64."""
+    if options.schedule_for(process) == "constant":
+        return torch.full_like(share, options.huber_scale * options.huber_c)
+    return options.huber_scale * (share * math.log(options.huber_c)).exp()
 
 
 def timestep_weights(options: LossOptions, process: Process) -> Tensor | None:
@@ -216,20 +268,19 @@ def masked_mean(error: Tensor, mask: Tensor, *, by_area: bool) -> Tensor:
 
 
 def make_loss(
-    options: LossOptions, process: Process, *, masked: bool = False, weighed: bool = False
+    options: LossOptions, process: AnyProcess, *, masked: bool = False, weighed: bool = False
 ) -> SampleLoss:
     """Choose the loss once, so that the step only calls it.
 
     The order is that of sd-scripts: errors, mask, mean, the sample's weight, the timestep's.
 
     Args:
-        process: as it is trained (`noise.trained_process`).
+        process: as it is trained (`noise.trained_process`); nothing of `loss_problems` is left.
         masked: batches come with `mask`.
         weighed: batches come with `weight`.
     """
     errors_of, by_area = _make_errors(options, process), options.mask == "area"
-    weights = timestep_weights(options, process)
-    by_timestep = None if weights is None else ByTimestep(weights)
+    weights_of = _make_weights(options, process)
 
     def loss(
         prediction: Tensor, target: Tensor, timesteps: Tensor, weighing: Mapping[str, Tensor]
@@ -241,26 +292,44 @@ def make_loss(
             found = sample_mean(errors)
         if weighed:
             found = found * weighing["weight"]
-        if by_timestep is not None:
-            found = found * by_timestep.at(timesteps).to(target.dtype)
+        if weights_of is not None:
+            found = found * weights_of(timesteps).to(target.dtype)
         return found
 
     return loss
 
 
-def _make_errors(options: LossOptions, process: Process) -> _Errors:
+def _make_weights(options: LossOptions, process: AnyProcess) -> _OfTimesteps | None:
+    """Looked up where timesteps are numbered, reckoned where they are any numbers."""
+    if not isinstance(process, Flow):
+        weights = timestep_weights(options, process)
+        return None if weights is None else ByTimestep(weights).at
+    name = options.weight.name
+    if name == "none":
+        return None
+    chosen = cast(FlowWeight, name)  # `loss_problems` lets no other pass
+    return lambda timesteps: flow_weight(process.sigmas(timesteps), chosen)
+
+
+def _make_errors(options: LossOptions, process: AnyProcess) -> _Errors:
     plain = {"l2": l2, "l1": l1}.get(options.name)
     if plain is not None:
         return lambda prediction, target, _: plain(prediction, target)
     curved = {"huber": huber, "smooth_l1": smooth_l1}[options.name]
-    return partial(_curved_errors, curved, ByTimestep(huber_thresholds(options, process)))
+    return partial(_curved_errors, curved, _make_thresholds(options, process))
+
+
+def _make_thresholds(options: LossOptions, process: AnyProcess) -> _OfTimesteps:
+    if isinstance(process, Flow):
+        return lambda timesteps: _threshold_at(process.sigmas(timesteps), options, process)
+    return ByTimestep(huber_thresholds(options, process)).at
 
 
 def _curved_errors(
     curved: Callable[[Tensor, Tensor, Tensor], Tensor],
-    thresholds: ByTimestep,
+    threshold: _OfTimesteps,
     prediction: Tensor,
     target: Tensor,
     timesteps: Tensor,
 ) -> Tensor:
-    return curved(prediction, target, thresholds.at(timesteps))
+    return curved(prediction, target, threshold(timesteps))

@@ -1,8 +1,8 @@
-"""What is drawn for a sample at a step: its noise and its timestep; and what the noise is like."""
+"""The noise that is drawn for a sample at a step, and what it is like."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raylora.base.options import Options, known_as
 from raylora.base.seeds import Purpose, draw_generator, draw_normal, uniforms
-from raylora.diffusion.process import Prediction, Process
+from raylora.diffusion.process import AnyProcess, Flow, Prediction
 from raylora.diffusion.pyramid import pyramid_noise
 from raylora.diffusion.schedules import rescaled_zero_terminal
 
@@ -260,8 +260,17 @@ def _perturbation(options: NoiseOptions) -> _Change:
     return change
 
 
-def noise_problems(options: NoiseOptions, process: Process) -> list[str]:
-    """What of the noise cannot be for this base, one sentence each; `process` is the base's own."""
+def noise_problems(
+    options: NoiseOptions, process: AnyProcess, family: str = "this base"
+) -> list[str]:
+    """What of the noise cannot be for this base, one sentence each.
+
+    Args:
+        process: the base's own.
+        family: the word for it.
+    """
+    if isinstance(process, Flow):
+        return list(_flow_problems(options, family))
     if options.zero_terminal_snr and (options.prediction or process.prediction) == "epsilon":
         return [
             "noise.zero_terminal_snr: the last timestep would be pure noise, of which a model that "
@@ -271,8 +280,28 @@ def noise_problems(options: NoiseOptions, process: Process) -> list[str]:
     return []
 
 
-def trained_process(process: Process, options: NoiseOptions) -> Process:
+def _flow_problems(options: NoiseOptions, family: str) -> Iterator[str]:
+    """Flow models end in pure N(0, 1) noise, and their prediction is not in question."""
+    ends = "whose last timestep is pure N(0, 1) noise already"
+    given = {
+        "offset": (options.offset, f"{ends}: an offset would only train it on other noise"),
+        "multires_iterations": (
+            options.multires_iterations,
+            f"{ends}: coarser noise would only train it on what sampling never shows it",
+        ),
+        "zero_terminal_snr": (options.zero_terminal_snr, ends),
+        "prediction": (options.prediction, "which predicts noise - latents and nothing else"),
+    }
+    for word, (value, reason) in given.items():
+        if value:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield f"noise.{word} is {shown}, and {family} is a flow model, {reason}. Leave it out."
+
+
+def trained_process(process: AnyProcess, options: NoiseOptions) -> AnyProcess:
     """The base's process as it is trained: another prediction, or no signal at the end."""
+    if isinstance(process, Flow):
+        return process
     if options.prediction is not None:
         process = replace(process, prediction=options.prediction)
     if options.zero_terminal_snr:
@@ -295,12 +324,3 @@ def draw_noise(shape: tuple[int, ...], *, seed: int, step: int, samples: Sequenc
         for number in samples
     ]
     return torch.from_numpy(np.stack(drawn))
-
-
-def draw_timesteps(*, low: int, high: int, seed: int, step: int, samples: Sequence[int]) -> Tensor:
-    """Uniform timesteps in [low, high), one a sample; (B,) int64 on the CPU."""
-    drawn = [
-        int(draw_generator(seed, step, number, "timestep").integers(low, high))
-        for number in samples
-    ]
-    return torch.tensor(drawn, dtype=torch.int64)

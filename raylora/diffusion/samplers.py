@@ -19,7 +19,7 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from raylora.diffusion.process import Process
+from raylora.diffusion.process import AnyProcess, Flow
 
 Sampler = Literal[
     "ddim",
@@ -92,18 +92,28 @@ _SCHEDULERS: dict[Sampler, _Scheduler] = {
 }
 
 
-def starts_from_pure_noise(process: Process) -> bool:
-    """Whether the last timestep holds nothing of the picture (zero-terminal SNR)."""
-    return float(process.alphas_cumprod[-1]) == 0.0
+_FLOW_SAMPLERS: tuple[Sampler, ...] = ("euler", "heun")
+"""What flow models are sampled by; the others go by a schedule of signal and noise."""
 
 
-def sampler_problems(samplers: Iterable[Sampler], *, pure_noise: bool) -> list[str]:
+def starts_from_pure_noise(process: AnyProcess) -> bool:
+    """Whether the last timestep holds nothing of the picture (zero-terminal SNR, and flows)."""
+    return isinstance(process, Flow) or float(process.alphas_cumprod[-1]) == 0.0
+
+
+def sampler_problems(samplers: Iterable[Sampler], process: AnyProcess) -> list[str]:
     """Samplers that cannot draw with what was trained, one sentence each.
 
     Args:
-        pure_noise: the last timestep is trained on pure noise (`noise.zero_terminal_snr`).
+        process: as it is trained (`noise.trained_process`).
     """
-    if not pure_noise:
+    if isinstance(process, Flow):
+        return [
+            f"{name} is not for flow models. Choose {' or '.join(_FLOW_SAMPLERS)}."
+            for name in dict.fromkeys(samplers)
+            if name not in _FLOW_SAMPLERS
+        ]
+    if not starts_from_pure_noise(process):
         return []
     able = ", ".join(name for name, held in _SCHEDULERS.items() if held.from_pure_noise)
     return [
@@ -118,19 +128,22 @@ def make_sampler(
     name: Sampler,
     config: Mapping[str, Any],
     *,
-    process: Process | None = None,
+    process: AnyProcess | None = None,
     noise: DrawNoise | None = None,
 ) -> Any:
     """A fresh scheduler of diffusers for one picture.
 
     Args:
         config: the base's own scheduler config.
-        process: what was trained; None is what the config says. From it come what is predicted
-            and, where the last timestep was pure noise, rescaled betas and steps that begin there.
+        process: what was trained; None is what the config says, of a base that is no flow model.
+            From it come what is predicted and, where the last timestep was pure noise, rescaled
+            betas and steps that begin there. Of a flow model the config says all.
         noise: what samplers that draw are given; others draw nothing.
 
     Source: Lin et al. 2023, arXiv 2305.08891 (trailing steps).
     """
+    if isinstance(process, Flow):
+        return _flow_sampler(name, config)
     held = _SCHEDULERS[name]
     words = dict(held.arguments)
     if process is not None:
@@ -146,6 +159,39 @@ def make_sampler(
         scheduler.get_lms_coefficient = partial(_lms_coefficient, scheduler)
     scheduler.step = _with_noise(scheduler.step, noise)
     return scheduler
+
+
+def _flow_sampler(name: Sampler, config: Mapping[str, Any]) -> Any:
+    """Both take the sigmas and shifts that the base's pipeline hands on."""
+    assert name in _FLOW_SAMPLERS, "sampler_problems refuses it"
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
+    from diffusers.schedulers.scheduling_flow_match_heun_discrete import (
+        FlowMatchHeunDiscreteScheduler,
+    )
+
+    euler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    if name == "euler":
+        return euler
+    heun = FlowMatchHeunDiscreteScheduler.from_config(config)
+    own = heun.set_timesteps
+
+    def set_timesteps(
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        # diffusers' own knows neither given sigmas nor a shift by resolution: it takes Euler's.
+        euler.set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu)
+        own(len(euler.timesteps), device=device)
+        first, later, last = euler.sigmas[:1], euler.sigmas[1:-1], euler.sigmas[-1:]
+        heun.sigmas = torch.cat([first, later.repeat_interleave(2), last])
+        heun.timesteps = heun.sigmas[:-1] * heun.config.num_train_timesteps
+
+    heun.set_timesteps = set_timesteps
+    return heun
 
 
 def _lms_coefficient(scheduler: Any, order: int, t: int, current_order: int) -> float:

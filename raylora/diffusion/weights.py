@@ -1,13 +1,15 @@
 """How much each timestep's error counts.
 
-Every function takes (T,) or (B,) signal-to-noise ratios, not in decibels, and gives as many
-weights. Ratios may be 0 (the last timestep of a zero-terminal schedule); what has no finite limit
-there says so and is refused for such a schedule by `losses.loss_problems`.
+For epsilon and v models every function takes (T,) or (B,) signal-to-noise ratios, not in decibels,
+and gives as many weights. Ratios may be 0 (the last timestep of a zero-terminal schedule); what has
+no finite limit there says so and is refused for such a schedule by `losses.loss_problems`. For flow
+models it takes sigmas, the share of noise, in 0..1.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import math
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -18,24 +20,38 @@ from raylora.diffusion.process import Prediction
 _MOST_SNR = 1000.0
 """Where sd-scripts stops counting: a nearly clean timestep would otherwise weigh nothing at all."""
 _GAMMA = 5.0
+_LEAST_SIGMA = 1e-3
+"""Of a flow model's 1000 timesteps the cleanest; drawn ones come closer to 0, and 1 / sigma^2 would
+let one sample outweigh a run."""
+
+SnrWeight = Literal["min_snr", "debiased"]
+"""Weights of epsilon and v models."""
+FlowWeight = Literal["sigma_sqrt", "cosmap", "x0"]
+"""Weights of flow models."""
+FLOW_WEIGHTS: tuple[str, ...] = get_args(FlowWeight)
 
 
 class WeightOptions(Options):
     """How much each timestep counts."""
 
-    name: Literal["none", "min_snr", "debiased"] = Field(
+    name: Literal["none"] | SnrWeight | FlowWeight = Field(
         "none",
         json_schema_extra=known_as(
             formula="min_snr: min(SNR, gamma) / SNR (v: / (SNR + 1)); debiased: "
-            "1 / sqrt(min(SNR, 1000)) (v: 1 / (min(SNR, 1000) + 1))",
+            "1 / sqrt(min(SNR, 1000)) (v: 1 / (min(SNR, 1000) + 1)); sigma_sqrt: 1 / sigma^2, "
+            "sigma at least 0.001; cosmap: 2 / (pi (1 - 2 sigma + 2 sigma^2)); x0: sigma^2",
             source="min_snr: Hang et al. 2023, arXiv 2303.09556; debiased: Yu et al. 2023, arXiv "
-            "2310.08442",
-            sd_scripts="--min_snr_gamma, --debiased_estimation_loss (both at once there too)",
-            guides="min SNR gamma, debiased estimation",
+            "2310.08442; cosmap: Esser et al. 2024, arXiv 2403.03206",
+            sd_scripts="--min_snr_gamma, --debiased_estimation_loss (both at once there too); "
+            "--weighting_scheme sigma_sqrt, cosmap; x0 is what its SD 3 always does",
+            guides="min SNR gamma, debiased estimation, loss weighting",
         ),
     )
-    """none: every timestep alike. min_snr: nearly clean samples are capped, which settles training
-    sooner. debiased: noisy samples count more, which favours composition over detail."""
+    """none: every timestep alike. For epsilon and v models: min_snr caps nearly clean samples,
+    which settles training sooner; debiased lets noisy samples count more, which favours composition
+    over detail. For flow models: sigma_sqrt lets nearly clean samples count very much more, cosmap
+    the middle a little more; x0 compares pictures in place of slopes, so that noisy samples
+    count more."""
     gamma: float = Field(
         _GAMMA,
         gt=0,
@@ -99,3 +115,19 @@ def v_like_weight(snr: Tensor, *, share: float) -> Tensor:
         1 + share * (SNR + 1) / SNR; infinite where snr is 0.
     """
     return 1 + share / noise_like_weight(snr)
+
+
+def flow_weight(sigmas: Tensor, name: FlowWeight) -> Tensor:
+    """What a flow model's samples count at these shares of noise.
+
+    Returns:
+        sigma_sqrt: 1 / sigma^2; cosmap: 0.64 at both ends, 1.27 in the middle; x0: sigma^2, which
+        makes the squared error of the slope that of the picture.
+
+    Source: Esser et al. 2024, arXiv 2403.03206 (cosmap).
+    """
+    if name == "sigma_sqrt":
+        return sigmas.clamp(min=_LEAST_SIGMA) ** -2
+    if name == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+    return sigmas**2

@@ -13,23 +13,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from raylora.base.encoder import Encoder
 from raylora.base.lookup import load_plugin
 from raylora.base.options import Options, known_as
-from raylora.base.site import Site
-from raylora.diffusion.process import Process
+from raylora.base.site import Place, Site
+from raylora.diffusion.process import AnyProcess
 from raylora.diffusion.samplers import DrawNoise, Sampler
+from raylora.diffusion.timesteps import Draw, Shift
+from raylora.weights.base import Base
 
 Models = Mapping[str, nn.Module]
 """Component -> model."""
@@ -59,11 +60,22 @@ class FamilyOptions(Options):
     kind: str
     """The model family: the name of a file in raylora/families."""
     weights: str
-    """The base: a folder in diffusers layout, local or s3://."""
+    """The base: a folder in diffusers layout or one .safetensors checkpoint, local or s3://; a
+    model hub's id (owner/name); or the short name of a usual base, as docs/families.md lists."""
     vae: str | None = Field(
         None, json_schema_extra=known_as(sd_scripts="--vae", guides="external VAE")
     )
-    """Another VAE than the base's: a folder in diffusers layout, local or s3://."""
+    """Another VAE than the base's: a folder in diffusers layout or a .safetensors file, local or
+    s3://, or a model hub's id."""
+    parts: dict[str, str] = Field(
+        {},
+        json_schema_extra=known_as(
+            sd_scripts="--clip_l, --clip_g, --t5xxl, --ae", guides="separate text encoders"
+        ),
+    )
+    """Other components than the base's, each by its name (text_encoder, text_encoder_2, ...): a
+    folder or a .safetensors file, local or s3://, or a model hub's id. For checkpoints that hold
+    the denoiser alone."""
     loras: tuple[BaseLora, ...] = Field(
         (),
         json_schema_extra=known_as(
@@ -72,14 +84,32 @@ class FamilyOptions(Options):
         ),
     )
     """LoRA files that are merged into the base before anything is encoded, trained or drawn."""
+    training_adapter: str | None = Field(
+        None,
+        json_schema_extra=known_as(
+            formula="training and measuring: base + file + adapter; previews and files: adapter "
+            "alone",
+            guides="assistant LoRA, training adapter, de-distillation LoRA",
+        ),
+    )
+    """A LoRA file that is on while training and off in previews and for people, for distilled bases
+    such as FLUX.1-schnell: with it the base learns like one that was not distilled, and without it
+    what was learned draws in a few steps. Of the denoiser alone; it stays as it is."""
+
+    @model_validator(mode="after")
+    def _names_one_vae(self) -> Self:
+        if self.vae is not None and "vae" in self.parts:
+            raise ValueError("family.vae and family.parts.vae: give one of them.")
+        return self
 
 
 class Family(ABC):
     """One base model, its parts loaded when they are asked for.
 
     Attributes:
-        folder: where the base lies on this machine.
+        base: where configs, weights and tokenizers come from.
         component: the denoiser's name in exported files, "unet" or "transformer".
+        text_components: the text encoders' names, in the order of the options that list them.
         process: how latents are noised and what is predicted.
         pixels_per_latent: how many pixels one latent cell spans.
         size_step: image sides must be multiples of this many pixels.
@@ -89,13 +119,27 @@ class Family(ABC):
             family has no such limit to choose.
         longer_tokens: the larger values that `family.max_tokens` may be set to, rising.
         text_bytes: size of one caption in the cache, for estimates.
+        wants_geometry: batches bring `geometry`, (B, 6) float32: the picture's height and width as
+            it was found, its true crop's top and left once it was resized, the bucket's height and
+            width; all in pixels.
+        encoder_dropout: share of samples that are trained without each text encoder, in the order
+            of `text_components`; batches bring `dropped`, (B, E) float32 of 0 and 1, where any
+            is above 0. Empty: the family has no such option.
+        usual_guidance, usual_sampler, usual_steps: of previews, where the job names none.
+        usual_embedded_guidance: of previews, likewise, for bases that are told a guidance as a
+            number; None is not told any.
+        usual_draw, usual_shift: of timesteps, where the job names none.
+        blocks: how many blocks the family counts on the way down, in the middle and on the way up
+            (for transformers: double, 0, single; or all, 0, 0); what block-wise lists have.
+        block_ends: lists of ranks count what lies before the first and behind the last block too.
         alter: what is done to each model once it is loaded, by component: LoRAs merged into it.
         altered: component -> what names that; part of fingerprints and of the cache's names.
     """
 
-    folder: Path
+    base: Base
     component: str
-    process: Process
+    text_components: tuple[str, ...]
+    process: AnyProcess
     pixels_per_latent: int
     latent_channels: int
     size_step: int
@@ -103,12 +147,22 @@ class Family(ABC):
     max_tokens: int | None
     longer_tokens: tuple[int, ...]
     text_bytes: int
+    wants_geometry: bool = False
+    encoder_dropout: tuple[float, ...] = ()
+    usual_guidance: float = 7.5
+    usual_sampler: Sampler = "ddim"
+    usual_steps: int = 30
+    usual_embedded_guidance: float | None = None
+    usual_draw: Draw = "uniform"
+    usual_shift: Shift | None = None
+    blocks: tuple[int, int, int]
+    block_ends: bool = False
     alter: Callable[[str, nn.Module], None] = staticmethod(lambda component, model: None)
     altered: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
-    def __init__(self, folder: Path, options: Any) -> None:
-        """Read the configs, not the weights. WeightsError when the folder is not this family."""
+    def __init__(self, base: Base, options: Any) -> None:
+        """Read the configs, not the weights. WeightsError when the base is not of this family."""
 
     @abstractmethod
     def load_denoiser(self, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -154,16 +208,22 @@ class Family(ABC):
         """The conditions of `predict` from tokens, differentiable; as `load_encoder` gives them."""
 
     @abstractmethod
-    def sites(self, denoiser: nn.Module, layers: str, *, convolutions: bool = False) -> list[Site]:
-        """The denoiser's layers that `network.layers` means, in the order of the model.
+    def sites(self, denoiser: nn.Module) -> list[Site]:
+        """All of the denoiser's layers that an adapter can sit on, in the order of the model.
 
-        Args:
-            convolutions: also those of the residual blocks and the samplers, as LoCon trains them.
+        Which of them carry one is chosen elsewhere, by what each is (`Site.role`).
+
+        Raises:
+            WeightsError: they are not those that the config means.
         """
 
     @abstractmethod
-    def text_sites(self, text_encoders: Models, layers: str) -> list[Site]:
+    def text_sites(self, text_encoders: Models) -> list[Site]:
         """The text encoders' layers, likewise."""
+
+    @abstractmethod
+    def place(self, name: str) -> Place:
+        """Where kohya's and ComfyUI's files keep the layer of a site's name."""
 
     @abstractmethod
     def predict(
@@ -173,7 +233,12 @@ class Family(ABC):
         timesteps: Tensor,
         conditions: Mapping[str, Tensor],
     ) -> Tensor:
-        """The denoiser's prediction, (B, C, H, W); conditions are the cached text tensors."""
+        """The denoiser's prediction, (B, C, H, W).
+
+        Args:
+            timesteps: (B,) int64; float32 in 0..1000 where the process is a flow.
+            conditions: the cached text tensors, with `geometry` and `dropped` where there are any.
+        """
 
     def checkpoint_blocks(self, denoiser: nn.Module, text_encoders: Models) -> None:
         """Have blocks computed again in the backward pass instead of kept; same numbers."""
@@ -192,6 +257,22 @@ class Family(ABC):
             text_encoders: those that carry an adapter; None loads the base's own.
         """
 
+    @abstractmethod
+    def load_pipeline(
+        self,
+        denoiser: nn.Module | None = None,
+        text_encoders: Models | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Any:
+        """The family's own pipeline of diffusers, with this base's parts.
+
+        Args:
+            denoiser, text_encoders: those that are at hand; None loads the base's own, with what
+                is merged into it and nothing of raylora's in their forward passes.
+        """
+
 
 class Renderer(Protocol):
     """Draws one picture with the models it was made of."""
@@ -206,7 +287,8 @@ class Renderer(Protocol):
         guidance: float,
         sampler: Sampler = "ddim",
         noise: DrawNoise | None = None,
-        process: Process | None = None,
+        process: AnyProcess | None = None,
+        embedded_guidance: float | None = None,
     ) -> NDArray[np.uint8]:
         """A picture (H, W, 3).
 
@@ -214,36 +296,13 @@ class Renderer(Protocol):
             latents: (1, C, h, w), standard normal.
             noise: for samplers that draw, which euler_a and dpm_2_a are.
             process: what was trained, where that is not what the base was.
+            embedded_guidance: what the base is told, where it is (`usual_embedded_guidance`).
         """
 
 
 def _again(module: nn.Module, *inputs: Any) -> Any:
     """A block of diffusers', computed again for its gradients. Nothing in it draws."""
     return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def site_of(name: str, module: nn.Module, *, block: int | None = None) -> Site | None:
-    """The place that a layer is; None where no adapter can sit."""
-    if isinstance(module, nn.Linear):
-        return Site(name, "linear", module.in_features, module.out_features, block=block)
-    if isinstance(module, nn.Conv2d):
-        assert isinstance(module.padding, tuple)
-        return Site(
-            name,
-            "conv",
-            module.in_channels,
-            module.out_channels,
-            kernel=_pair(module.kernel_size),
-            stride=_pair(module.stride),
-            padding=_pair(module.padding),
-            block=block,
-        )
-    return None
-
-
-def _pair(sides: tuple[int, ...]) -> tuple[int, int]:
-    height, width = sides
-    return height, width
 
 
 def get_family(kind: str) -> tuple[type[Family], type[FamilyOptions]]:

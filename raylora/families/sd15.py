@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
-from itertools import pairwise
-from pathlib import Path
+from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
 from raylora.base.encoder import Encoder
-from raylora.base.errors import WeightsError
-from raylora.base.fingerprint import file_fingerprint
-from raylora.base.site import Site
-from raylora.diffusion.attention import attention
-from raylora.diffusion.clip_text import Chunks, caption_tokens, chunk_captions, encode_chunks
-from raylora.diffusion.halving import in_halves
-from raylora.diffusion.process import Prediction, Process
-from raylora.diffusion.samplers import DrawNoise, Sampler, make_sampler
-from raylora.diffusion.schedules import alphas_cumprod
-from raylora.families import Family, FamilyOptions, Models, Renderer, site_of
+from raylora.base.site import Place, Site
+from raylora.components.cache_encoder import CacheEncoder
+from raylora.components.clip import (
+    ClipTextOptions,
+    MaxTokens,
+    check_clip_skip,
+    clip_place,
+    clip_sites,
+    empty_clip,
+    load_clip,
+    read_clip,
+)
+from raylora.components.pipelines import UnetRenderer, base_scheduler
+from raylora.components.unet import (
+    check_stable_diffusion,
+    empty_unet,
+    load_unet,
+    scheduler_process,
+    sd_block,
+    unet_config,
+    unet_sites,
+)
+from raylora.components.vae import load_vae, vae_facts
+from raylora.diffusion.clip_text import Chunks, caption_tokens, chunk_captions
+from raylora.families import Family, FamilyOptions, Models, Renderer
+from raylora.weights.base import Base
 
-MaxTokens = Literal[75, 150, 225]
 _FLOAT32_BYTES = 4
 
 
-class Sd15Options(FamilyOptions):
+class Sd15Options(ClipTextOptions, FamilyOptions):
     """Stable Diffusion 1.x and models of its layout."""
 
     native_resolution: ClassVar[int] = 512
@@ -43,115 +52,101 @@ class Sd15Options(FamilyOptions):
     clip_skip: int = Field(1, ge=1)
     """Which layer of CLIP the text is taken from, counted from the last, which is 1. Many anime
     bases were trained with 2. Previews use the same."""
-    max_tokens: MaxTokens = 75
-    """Tokens of a caption that are read: 75, 150 or 225. What is longer is cut off. Above 75, CLIP
-    reads the caption in chunks of 75. Previews use the same."""
-    weighted_captions: bool = False
-    """Read weights in captions and in prompts of previews: (x) is 1.1 times as strong, (x:1.3) 1.3
-    times, [x] 1.1 times weaker. Off, such brackets are text."""
 
 
 class Sd15(Family):
-    """A diffusers folder with unet, vae, text_encoder, tokenizer and scheduler."""
+    """A UNet that reads CLIP's hidden states, a VAE, a scheduler; 2.x and XL build on it.
 
+    Attributes:
+        kind: the word of the family, in sentences and in the cache.
+        projected: the text encoders that have a projection of their pooled state.
+    """
+
+    kind: ClassVar[str] = "sd15"
+    projected: ClassVar[tuple[str, ...]] = ()
     component = "unet"
+    text_components: tuple[str, ...] = ("text_encoder",)
+    blocks = (12, 1, 12)
 
-    def __init__(self, folder: Path, options: Sd15Options) -> None:
-        self.folder = folder
-        self._vae_folder = Path(options.vae) if options.vae else folder / "vae"
-        unet = _config(folder / "unet", "UNet2DConditionModel")
-        of_another = "family.vae must be a VAE's folder in diffusers layout." if options.vae else ""
-        vae = _config(self._vae_folder, "AutoencoderKL", wants=of_another or _WHOLE_BASE)
-        text = _read_json(folder / "text_encoder" / "config.json")
-        scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
-        if unet.get("addition_embed_type"):
-            raise WeightsError(
-                f"{folder}/unet/config.json has addition_embed_type {unet['addition_embed_type']!r}"
-                ": this is not Stable Diffusion 1.x. Choose the family that fits the weights."
-            )
-        prediction: Prediction = scheduler.get("prediction_type", "epsilon")
-        if prediction not in ("epsilon", "v_prediction"):
-            raise WeightsError(
-                f"{folder}/scheduler/scheduler_config.json has prediction_type {prediction!r}; "
-                "sd15 knows epsilon and v_prediction."
-            )
-        if options.clip_skip > text["num_hidden_layers"]:
-            raise WeightsError(
-                f"family.clip_skip is {options.clip_skip}, and the text encoder in {folder} has "
-                f"{text['num_hidden_layers']} layers. Choose 1 to {text['num_hidden_layers']}."
-            )
-        self.process = Process(prediction, alphas_cumprod(scheduler))
-        self.pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
-        self.latent_channels = int(vae["latent_channels"])
-        # The UNet halves its latents once between each two of its blocks.
-        self.size_step = self.pixels_per_latent * 2 ** (len(unet["block_out_channels"]) - 1)
-        self._scaling = float(vae.get("scaling_factor", 0.18215))
+    def __init__(self, base: Base, options: Any) -> None:
+        self.base = base
         self._options = options
+        self._unet_config = unet_config(base, kind=self.kind)
+        self._vae_facts = vae_facts(base, kind=self.kind)
+        self._text_configs = [base.config(component) for component in self.text_components]
+        self._check()
+        self.process = scheduler_process(base, kind=self.kind)
+        self.pixels_per_latent = self._vae_facts.pixels_per_latent
+        self.latent_channels = self._vae_facts.channels
+        # The UNet halves its latents once between each two of its blocks.
+        halvings = len(self._unet_config["block_out_channels"]) - 1
+        self.size_step = self.pixels_per_latent * 2**halvings
         self.max_tokens = options.max_tokens
         self.longer_tokens = tuple(n for n in get_args(MaxTokens) if n > options.max_tokens)
-        self.text_bytes = (options.max_tokens + 2) * text["hidden_size"] * _FLOAT32_BYTES
+        widths = sum(config["hidden_size"] for config in self._text_configs)
+        self.text_bytes = (options.max_tokens + 2) * widths * _FLOAT32_BYTES
+        v = self.process.prediction == "v_prediction"
         self.metadata = {
+            **self._version(v=v),
+            "ss_sd_model_name": base.name,
+            "modelspec.prediction_type": "v" if v else "epsilon",
+        }
+
+    def _check(self) -> None:
+        """WeightsError where the base is of another family, or has not the layers asked for."""
+        check_stable_diffusion(self.base, self._unet_config, linear=False)
+        check_clip_skip(self.base, self._options.clip_skip)
+
+    def _version(self, *, v: bool) -> dict[str, str]:
+        return {
             "ss_base_model_version": "sd_v1",
             "ss_v2": "False",
-            "ss_sd_model_name": folder.name,
-            "ss_clip_skip": str(options.clip_skip),
+            "ss_clip_skip": str(self._options.clip_skip),
             "modelspec.architecture": "stable-diffusion-v1",
-            "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
         }
 
     def load_denoiser(self, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """The UNet, built empty and filled from the memory-mapped file."""
-        from diffusers.models.attention_processor import Attention
-        from safetensors.torch import load_file
+        """The UNet."""
+        return self._unet(dtype, device)
 
-        unet = self._empty_unet()
-        weights = load_file(_weights_file(self.folder / "unet", "diffusion_pytorch_model"))
-        held = {name: tensor.to(dtype=dtype, device=device) for name, tensor in weights.items()}
-        unet.load_state_dict(held, assign=True)
-        for layer in unet.modules():
-            if isinstance(layer, Attention):
-                layer.forward = partial(_attend, layer)
+    def _unet(self, dtype: torch.dtype, device: torch.device, *, plain: bool = False) -> nn.Module:
+        unet = load_unet(self.base, dtype=dtype, device=device, plain=plain)
         self.alter("unet", unet)
-        return unet.requires_grad_(False).eval()
+        return unet
 
     def fingerprint(self) -> str:
-        """Of the UNet's file, wherever it lies, and of what is merged into it."""
-        file = file_fingerprint(_weights_file(self.folder / "unet", "diffusion_pytorch_model"))
-        return " ".join([file, *(f"{part} {name}" for part, name in sorted(self.altered.items()))])
+        """Of the UNet's weights, wherever they lie, and of what is merged into them."""
+        merged = (f"{part} {name}" for part, name in sorted(self.altered.items()))
+        return " ".join([self.base.fingerprint("unet"), *merged])
 
     def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Names the VAE and the text encoder by the bytes of their files."""
-        vae = _weights_file(self._vae_folder, "diffusion_pytorch_model")
-        text = _weights_file(self.folder / "text_encoder", "model")
-        tokenizer = self.folder / "tokenizer"
+        """Names the VAE and the text encoders by their bytes."""
         latents_facts = {
-            "family": "sd15",
-            "vae": _file_hash(vae),
-            "vae_config": _file_hash(self._vae_folder / "config.json"),
-            "scaling": self._scaling,
+            "family": self.kind,
+            "vae": self.base.content_hash("vae"),
+            "scaling": self._vae_facts.scaling,
             "pick": "mode",
             "dtype": "float32",
         }
-        text_facts = {
-            "family": "sd15",
-            "text_encoder": _file_hash(text),
-            "text_config": _file_hash(self.folder / "text_encoder" / "config.json"),
-            "tokenizer": [_file_hash(f) for f in sorted(tokenizer.glob("*")) if f.is_file()],
+        text_facts: dict[str, Any] = {
+            "family": self.kind,
+            "text_encoders": [self.base.content_hash(one) for one in self.text_components],
+            "tokenizers": [self.base.tokenizer_hash(one) for one in self._tokenizer_names],
             "max_tokens": self._options.max_tokens,
             "clip_skip": self._options.clip_skip,
             "weighted_captions": self._options.weighted_captions,
             "dtype": "float32",
         }
-        if "text_encoder" in self.altered:
-            text_facts["merged"] = self.altered["text_encoder"]
+        merged = {one: self.altered[one] for one in self.text_components if one in self.altered}
+        if merged:
+            text_facts["merged"] = merged
         return latents_facts, text_facts
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """By the base's own tokenizer; with `weighted_captions`, of the text without the syntax."""
         weighted = self._options.weighted_captions
-        return [
-            len(tokens) for tokens in caption_tokens(self._tokenizer, captions, weighted=weighted)
-        ]
+        found = caption_tokens(self._tokenizers[0], captions, weighted=weighted)
+        return [len(tokens) for tokens in found]
 
     def latents_bytes(self, bucket: tuple[int, int]) -> int:
         """float32, as the encoder gives them."""
@@ -159,85 +154,85 @@ class Sd15(Family):
         return self.latent_channels * width * height * _FLOAT32_BYTES
 
     def load_encoder(self, *, device: torch.device) -> Encoder:
-        """VAE and CLIP in float32."""
-        parts = self._parts(torch.float32, device)
-        return _Sd15Encoder(parts, self._options, *self.encoder_facts())
+        """VAE and text encoders in float32."""
+        vae = load_vae(self.base, dtype=torch.float32, device=device)
+        encoders = self.load_text_encoders(dtype=torch.float32, device=device)
+
+        def read(captions: Sequence[str]) -> dict[str, Tensor]:
+            return self._read(encoders, captions)
+
+        return CacheEncoder(vae, self._vae_facts, read, self.encoder_facts())
 
     def skeletons(self) -> tuple[nn.Module, Models]:
-        """Both from their configs."""
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        config = CLIPTextConfig.from_pretrained(self.folder / "text_encoder")
-        with torch.device("meta"):
-            text = CLIPTextModel(config)
-        return self._empty_unet(), {"text_encoder": text}
-
-    def _empty_unet(self) -> nn.Module:
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-        with torch.device("meta"):
-            unet: nn.Module = UNet2DConditionModel.from_config(_known(self.folder / "unet"))
-        return unet
+        """All from their configs."""
+        return empty_unet(self.base), {
+            component: empty_clip(self.base, component, projected=component in self.projected)
+            for component in self.text_components
+        }
 
     def load_text_encoders(self, *, dtype: torch.dtype, device: torch.device) -> Models:
-        """CLIP alone."""
-        return {"text_encoder": self._load_text_encoder(dtype, device)}
+        """Each CLIP, with a projection where the family reads its pooled state."""
+        encoders = {}
+        for component in self.text_components:
+            projected = component in self.projected
+            clip = load_clip(self.base, component, projected=projected, dtype=dtype, device=device)
+            self.alter(component, clip)
+            encoders[component] = clip
+        return encoders
 
     def tokens(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """`ids` and `weights`, (B, N, 77) each."""
-        chunks = _chunks(self._tokenizer, self._options, captions)
-        return {"ids": chunks.ids_BNT.numpy(), "weights": chunks.weights_BNT.numpy()}
+        """`ids` and `weights`, (B, N, 77) each; `ids_2` and `weights_2` of a second encoder."""
+        words: dict[str, NDArray[Any]] = {}
+        for component, chunks in zip(self.text_components, self._chunks(captions), strict=True):
+            words[f"ids{_number(component)}"] = chunks.ids_BNT.numpy()
+            words[f"weights{_number(component)}"] = chunks.weights_BNT.numpy()
+        return words
+
+    def _chunks(self, captions: Sequence[str]) -> list[Chunks]:
+        return [
+            chunk_captions(
+                tokenizer,
+                captions,
+                max_tokens=self._options.max_tokens,
+                weighted=self._options.weighted_captions,
+            )
+            for tokenizer in self._tokenizers
+        ]
 
     def read_tokens(self, text_encoders: Models, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`text` (B, T, D) in CLIP's dtype."""
-        chunks = Chunks(tokens["ids"], tokens["weights"])
+        """The conditions of `predict`, in the encoders' dtype."""
+        chunks = [
+            Chunks(tokens[f"ids{_number(component)}"], tokens[f"weights{_number(component)}"])
+            for component in self.text_components
+        ]
+        return self._read_chunks(text_encoders, chunks)
+
+    def _read(self, text_encoders: Models, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What the UNet sees of texts, the same for captions and for prompts."""
+        return self._read_chunks(text_encoders, self._chunks(captions))
+
+    def _read_chunks(self, text_encoders: Models, chunks: Sequence[Chunks]) -> dict[str, Tensor]:
+        """`text` (B, T, D)."""
         skip = self._options.clip_skip
-        return {"text": encode_chunks(text_encoders["text_encoder"], chunks, clip_skip=skip)}
+        read = read_clip(text_encoders["text_encoder"], chunks[0], skip=skip, normed=True)
+        return {"text": read.hidden_BTD}
 
-    def sites(self, denoiser: nn.Module, layers: str, *, convolutions: bool = False) -> list[Site]:
-        """Linears and 1x1 convolutions inside the transformer blocks, as sd-scripts chooses.
+    def sites(self, denoiser: nn.Module) -> list[Site]:
+        """Every layer of the UNet."""
+        return unet_sites(denoiser, sd_block)
 
-        With `convolutions` also all of the residual blocks and the samplers.
-        """
-        from diffusers.models.downsampling import Downsample2D
-        from diffusers.models.resnet import ResnetBlock2D
-        from diffusers.models.transformers.transformer_2d import Transformer2DModel
-        from diffusers.models.upsampling import Upsample2D
+    def text_sites(self, text_encoders: Models) -> list[Site]:
+        """Every layer of the text encoders."""
+        return [
+            site
+            for component in self.text_components
+            for site in clip_sites(component, text_encoders[component])
+        ]
 
-        found = []
-        wanted: tuple[type[nn.Module], ...] = (Transformer2DModel,)
-        if convolutions:
-            wanted = (*wanted, ResnetBlock2D, Downsample2D, Upsample2D)
-        for block, model in denoiser.named_modules():
-            if not isinstance(model, wanted):
-                continue
-            for name, module in model.named_modules():
-                path = f"{self.component}.{block}.{name}"
-                inner = isinstance(model, Transformer2DModel)
-                if inner and layers == "attention" and ".attn" not in path:
-                    continue
-                site = site_of(path, module, block=_block_index(block))
-                if site is not None and not (inner and site.kernel != (1, 1)):
-                    found.append(site)
-        config: Any = denoiser.config
-        _expect("UNet", len(found), _unet_layers(config, layers, convolutions=convolutions))
-        return found
-
-    def text_sites(self, text_encoders: Models, layers: str) -> list[Site]:
-        """Linears of CLIP's layers; its attention only, where `layers` says so."""
-        encoder = text_encoders["text_encoder"]
-        found = []
-        for path, module in encoder.named_modules():
-            if ".layers." not in f".{path}" or (layers == "attention" and ".mlp" in path):
-                continue
-            # Older transformers have the level; names have it always.
-            path = f"text_encoder.text_model.{path.removeprefix('text_model.')}"
-            site = site_of(path, module)
-            found += [site] if site else []
-        config: Any = encoder.config
-        each = 4 if layers == "attention" else 6
-        _expect("text encoder", len(found), each * config.num_hidden_layers)
-        return found
+    def place(self, name: str) -> Place:
+        """sd-scripts keeps diffusers' own paths."""
+        component, _, path = name.partition(".")
+        return Place("lora_unet", path) if component == "unet" else clip_place(name, "lora_te")
 
     def predict(
         self,
@@ -251,239 +246,59 @@ class Sd15(Family):
         return prediction
 
     def load_renderer(self, denoiser: nn.Module, text_encoders: Models | None = None) -> Renderer:
-        """The diffusers pipeline around this denoiser, in its dtype and on its device."""
+        """The diffusers pipeline around this denoiser, in its dtype and on its device.
+
+        It is told nothing of sizes: XL's pipeline asks for uncut pictures of the size drawn.
+        """
         weight = next(denoiser.parameters())
-        parts = self._parts(weight.dtype, weight.device, text_encoders)
-        return _Sd15Renderer(parts, self._options, denoiser, self.folder)
+        dtype, device = weight.dtype, weight.device
+        encoders = text_encoders or self.load_text_encoders(dtype=dtype, device=device)
+        vae = load_vae(self.base, dtype=self._decoding_dtype(dtype), device=device)
+        pipeline = self._pipeline(denoiser, encoders, vae)
+        return UnetRenderer(pipeline, lambda prompt: self._read(encoders, [prompt]))
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+    def _decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
 
-        return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
-
-    def _load_text_encoder(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        from transformers import CLIPTextModel
-
-        text = CLIPTextModel.from_pretrained(self.folder / "text_encoder", dtype=dtype)
-        self.alter("text_encoder", text)
-        loaded: nn.Module = text.to(device).requires_grad_(False).eval()
-        return loaded
-
-    def _parts(
-        self, dtype: torch.dtype, device: torch.device, text_encoders: Models | None = None
-    ) -> dict[str, Any]:
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-        vae = AutoencoderKL.from_pretrained(self._vae_folder, torch_dtype=dtype)
-        held = text_encoders or self.load_text_encoders(dtype=dtype, device=device)
-        return {
-            "vae": vae.to(device).requires_grad_(False).eval(),
-            "text_encoder": held["text_encoder"],
-            "tokenizer": self._tokenizer,
-        }
-
-
-def _attend(
-    layer: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor | None = None,
-    attention_mask: None = None,
-) -> Tensor:
-    """An attention layer's forward, without the options of diffusers' that SD 1.x does not use."""
-    others = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-    query, key, value = layer.to_q(hidden_states), layer.to_k(others), layer.to_v(others)
-    projected: Tensor = layer.to_out[0](attention(query, key, value, heads=layer.heads))
-    return projected
-
-
-def _unet_layers(config: Any, layers: str, *, convolutions: bool) -> int:
-    """How many layers a UNet's config means; 192 in SD 1.5, 278 with its convolutions."""
-    down, up, mid = config.down_block_types, config.up_block_types, 1
-    deep, channels = int(config.layers_per_block), config.block_out_channels
-    transformers = mid + sum("CrossAttn" in block for block in down) * deep
-    transformers += sum("CrossAttn" in block for block in up) * (deep + 1)
-    count = transformers * (8 if layers == "attention" else 12)
-    if convolutions:
-        blocks = len(channels)
-        residual = blocks * deep + 2 * mid + blocks * (deep + 1)
-        widened = sum(before != after for before, after in pairwise((channels[0], *channels)))
-        shortcuts = widened + blocks * (deep + 1)  # on the way up all are joined with another
-        samplers = 2 * (blocks - 1)
-        count += 3 * residual + shortcuts + samplers
-    return count
-
-
-def _expect(model: str, found: int, wanted: int) -> None:
-    """A library that names its classes anew must not shrink the adapter without a word."""
-    if found != wanted:
-        raise WeightsError(
-            f"the {model} has {found} layers to train, and its config means {wanted}. The "
-            "installed diffusers or transformers builds it otherwise: install the versions that "
-            "raylora's pyproject.toml names."
-        )
-
-
-def _block_index(path: str) -> int | None:
-    """sd-scripts' count of a UNet's blocks: 1-11 on the way down, 12, 13-24 on the way up."""
-    found = re.match(
-        r"(down|mid|up)_block(?:s\.(\d+)\.(attentions|resnets|\w+samplers)\.(\d+))?", path
-    )
-    if found is None:
-        return None
-    if found[1] == "mid":
-        return 12
-    within = 2 if found[3].endswith("samplers") else int(found[4])
-    return (1 if found[1] == "down" else 13) + 3 * int(found[2]) + within
-
-
-def _chunks(tokenizer: Any, options: Sd15Options, captions: Sequence[str]) -> Chunks:
-    return chunk_captions(
-        tokenizer, captions, max_tokens=options.max_tokens, weighted=options.weighted_captions
-    )
-
-
-def _encode_captions(
-    parts: dict[str, Any], options: Sd15Options, captions: Sequence[str]
-) -> Tensor:
-    """(B, T, D): what the UNet sees of texts, the same for captions and for prompts."""
-    chunks = _chunks(parts["tokenizer"], options, captions)
-    return encode_chunks(parts["text_encoder"], chunks, clip_skip=options.clip_skip)
-
-
-class _Sd15Encoder:
-    """VAE mode and CLIP's hidden states; 77, 152 or 227 tokens."""
-
-    def __init__(
+    def load_pipeline(
         self,
-        parts: dict[str, Any],
-        options: Sd15Options,
-        latents_facts: dict[str, Any],
-        text_facts: dict[str, Any],
-    ) -> None:
-        self._parts = parts
-        self._options = options
-        self._scaling = float(latents_facts["scaling"])
-        self.latents_facts = latents_facts
-        self.text_facts = text_facts
+        denoiser: nn.Module | None = None,
+        text_encoders: Models | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Any:
+        """StableDiffusionPipeline, or XL's."""
+        encoders = text_encoders or self.load_text_encoders(dtype=dtype, device=device)
+        vae = load_vae(self.base, dtype=dtype, device=device)
+        return self._pipeline(denoiser or self._unet(dtype, device, plain=True), encoders, vae)
 
-    @torch.no_grad()
-    def encode_images(self, pixels: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-        vae = self._parts["vae"]
-
-        def encode(batch: Tensor) -> Tensor:
-            latents: Tensor = vae.encode(batch.to(vae.device)).latent_dist.mode()
-            return (latents * self._scaling).cpu()
-
-        return {"latents": in_halves(encode, torch.from_numpy(pixels)).numpy()}
-
-    @torch.no_grad()
-    def encode_texts(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
-        hidden = _encode_captions(self._parts, self._options, captions)
-        return {"text": hidden.cpu().numpy()}
-
-
-class _Sd15Renderer:
-    """diffusers' StableDiffusionPipeline with the base's own scheduler config and our text."""
-
-    def __init__(
-        self, parts: dict[str, Any], options: Sd15Options, denoiser: nn.Module, folder: Path
-    ) -> None:
+    def _pipeline(self, unet: nn.Module, encoders: Models, vae: nn.Module) -> Any:
         from diffusers import StableDiffusionPipeline
-        from diffusers.schedulers import DDIMScheduler
 
-        self._parts = parts
-        self._options = options
-        self._pipeline = StableDiffusionPipeline(
-            **parts,
-            unet=denoiser,
-            scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=encoders["text_encoder"],
+            tokenizer=self._tokenizers[0],
+            unet=unet,
+            scheduler=base_scheduler(self.base),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        self._pipeline.set_progress_bar_config(disable=True)
-        # As the pipeline leaves it: configs of old bases are mended there.
-        self._scheduler_config = dict(self._pipeline.scheduler.config)
 
-    def render(
-        self,
-        prompt: str,
-        *,
-        negative: str,
-        latents: Tensor,
-        steps: int,
-        guidance: float,
-        sampler: Sampler = "ddim",
-        noise: DrawNoise | None = None,
-        process: Process | None = None,
-    ) -> NDArray[np.uint8]:
-        dtype, device = self._pipeline.unet.dtype, self._pipeline.unet.device
-        factor = self._pipeline.vae_scale_factor
-        self._pipeline.scheduler = make_sampler(
-            sampler, self._scheduler_config, process=process, noise=noise
-        )
-        with torch.no_grad():
-            # One at a time, as the pipeline does: a batch of two sums in another order.
-            wanted, unwanted = (
-                _encode_captions(self._parts, self._options, [text]) for text in (prompt, negative)
-            )
-            pictures = self._pipeline(
-                prompt_embeds=wanted,
-                negative_prompt_embeds=unwanted,
-                height=latents.shape[2] * factor,
-                width=latents.shape[3] * factor,
-                latents=latents.to(dtype=dtype, device=device),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                output_type="np",
-            ).images
-        return np.asarray((pictures[0] * 255).round().clip(0, 255), dtype=np.uint8)
+    @property
+    def _tokenizer_names(self) -> list[str]:
+        return [f"tokenizer{_number(component)}" for component in self.text_components]
+
+    @cached_property
+    def _tokenizers(self) -> list[Any]:
+        return [self.base.tokenizer(name) for name in self._tokenizer_names]
 
 
-_WHOLE_BASE = (
-    "family.weights must be a folder in diffusers layout (unet, vae, text_encoder, tokenizer, "
-    "scheduler)."
-)
-
-
-def _read_json(path: Path, *, wants: str = _WHOLE_BASE) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise WeightsError(f"{path} is missing. {wants}") from None
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{path} is not JSON ({error}). Fetch the file again.") from None
-    return found
-
-
-def _config(folder: Path, wanted: str, *, wants: str = _WHOLE_BASE) -> dict[str, Any]:
-    config = _read_json(folder / "config.json", wants=wants)
-    if config.get("_class_name") != wanted:
-        raise WeightsError(
-            f"{folder}/config.json is a {config.get('_class_name')}, sd15 needs a {wanted}. Choose "
-            "the family that fits the weights."
-        )
-    return config
-
-
-def _known(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "config.json")
-
-
-def _weights_file(folder: Path, stem: str) -> Path:
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return folder / name
-    raise WeightsError(
-        f"{folder} has no {stem}.safetensors. Pickle weights (.bin, .ckpt) are not read: convert "
-        "the model to safetensors first."
-    )
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _number(component: str) -> str:
+    """What diffusers puts behind the names of a second encoder's parts: "_2"."""
+    return component.removeprefix("text_encoder")
 
 
 family = Sd15

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from ray import tune
 
-from raylora.adapt.deltas import LowRank
+from raylora.adapt.onto import names_of
 from raylora.adapt.proof import ExportProver
-from raylora.adapt.trained import low_ranks
+from raylora.adapt.trained import Trained, trained
 from raylora.assemble import (
     Datasets,
     adapter_optimizer,
@@ -32,7 +32,7 @@ from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
 from raylora.training.loop import run_training
 from raylora.training.reduce import Alone
 from raylora.training.report import Row
-from raylora.training.state import restore_optimizer
+from raylora.training.state import restore_adapter, restore_optimizer
 
 
 def run_trial(
@@ -76,7 +76,8 @@ def prove_trial(trial: Trial, folder: str) -> dict[str, Any]:
     file = trial.storage.read(f"checkpoints/{step:06d}/adapter.safetensors")
     with ExportProver() as prover:
         prover.start()  # its imports take seconds, which loading the base here takes too
-        report = prover.prove(file, _shown_at(trial, step))
+        names = names_of(open_family(trial.job))
+        report = prover.prove(file, _shown_at(trial, step), names)
     return {"trial": trial.job.name, "steps": step, **asdict(report)}
 
 
@@ -124,15 +125,14 @@ def _train(trial: Trial, datasets: Datasets) -> None:
     teller.tell()
 
 
-def _shown_at(trial: Trial, step: int) -> dict[str, LowRank]:
+def _shown_at(trial: Trial, step: int) -> Trained:
     """What people get of the adapter at a step, from the checkpoint's exact values."""
     job = trial.job
     models = load_adapted(job, open_family(job), torch.device("cpu"))
     state = read_checkpoint(trial.storage, step)
-    models.adapter.values.data.copy_(state.tensors["values"])
-    if "ema" in state.tensors:
-        models.adapter.values.data.copy_(state.tensors["ema"])
+    shown = "ema" if "ema" in state.tensors else "values"
+    restore_adapter(models.adapter, state, values=shown)
     optimizer = adapter_optimizer(job, models)
     restore_optimizer(optimizer, state)
     with shown_values(optimizer):
-        return low_ranks(models.adapter)
+        return trained(models.adapter)

@@ -80,14 +80,16 @@ class OptimizerOptions(Options):
         None, json_schema_extra=known_as(sd_scripts="--unet_lr", guides="UNet learning rate")
     )
     """Peak rate of the denoiser; null is learning_rate, 0 does not train it."""
-    text_encoder_rate: float | None = Field(
+    text_encoder_rate: float | tuple[float, ...] | None = Field(
         None,
         json_schema_extra=known_as(
             sd_scripts="--text_encoder_lr", guides="text encoder learning rate"
-        ),
+        )
+        | {"examples": [5e-5, [5e-5, 1e-5]]},
     )
-    """Peak rate of the text encoder, often a half to a tenth of the denoiser's; null is
-    learning_rate, 0 does not train it."""
+    """Peak rate of the text encoders, often a half to a tenth of the denoiser's; null is
+    learning_rate, 0 does not train them. Or a list with one number for each of the base's text
+    encoders: CLIP-L, CLIP-G for SDXL, with T5 behind them for SD 3; CLIP-L, T5 for FLUX."""
     text_encoder_stop: float | None = Field(
         None,
         gt=0,
@@ -119,7 +121,7 @@ class OptimizerOptions(Options):
         gt=0,
         json_schema_extra=known_as(sd_scripts="--network_args loraplus_text_encoder_lr_ratio"),
     )
-    """The same, for the text encoder alone; null is lora_plus_ratio."""
+    """The same, for the text encoders alone; null is lora_plus_ratio."""
     scale_rate: Literal["none", "linear", "sqrt"] = Field(
         "none",
         json_schema_extra=known_as(
@@ -132,6 +134,19 @@ class OptimizerOptions(Options):
     """Whether rates are for one image and grow with `training.images_per_step`."""
     block_rates: BlockRates = BlockRates()
     """Rates by block of the denoiser."""
+    rates: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {},
+        json_schema_extra=known_as(
+            formula="rate of a layer = its part's rate * its block's number * its number here",
+            sd_scripts="--network_args network_reg_lrs (regular expressions over its own names, "
+            "and rates in place of factors)",
+        )
+        | {"examples": [{"*.attn2.*": 0.5, "mlp": 2, "*.to_out.0": 0}]},
+    )
+    """Factors on the rates of some layers: glob over names, what layers do, or stretch of the
+    model, as in `network.ranks` -> factor, e.g. `{"*.attn2.*": 0.5, mlp: 2}`. The first that fits a
+    layer counts; layers that nothing fits keep their rate, and 0 leaves a layer out, in the file
+    too."""
 
     @field_validator("name", mode="before")
     @classmethod
@@ -191,10 +206,19 @@ class OptimizerOptions(Options):
             return 1.0
         return self.kind.rate if self.learning_rate is None else self.learning_rate
 
-    def rate_of(self, part: Part) -> float:
-        """Peak rate of a part of the model, signed; 0 where it is not trained."""
-        own = self.denoiser_rate if part == "denoiser" else self.text_encoder_rate
-        return self.rate if own is None else own
+    @property
+    def text_rates(self) -> tuple[float, ...]:
+        """Peak rates of the text encoders, signed: one for all of them, or one for each."""
+        own = self.text_encoder_rate
+        if isinstance(own, tuple):
+            return own
+        return (self.rate if own is None else own,)
+
+    def rates_of(self, part: Part) -> tuple[float, ...]:
+        """Peak rates of a part of the model, signed; 0 for what is not trained."""
+        if part == "text_encoder":
+            return self.text_rates
+        return (self.rate if self.denoiser_rate is None else self.denoiser_rate,)
 
     def plus_ratio(self, part: Part) -> float | None:
         """How many times faster `up` learns there; None where it does not."""
@@ -292,16 +316,20 @@ def _args_problem(options: OptimizerOptions) -> str | None:
     return problem
 
 
-def _given_rates(options: OptimizerOptions) -> dict[str, float]:
-    words = ("learning_rate", "denoiser_rate", "text_encoder_rate")
-    held = {word: getattr(options, word) for word in words}
-    return {word: rate for word, rate in held.items() if rate is not None}
+def _given_rates(options: OptimizerOptions) -> list[tuple[str, float]]:
+    text = () if options.text_encoder_rate is None else options.text_rates
+    held = [
+        ("learning_rate", options.learning_rate),
+        ("denoiser_rate", options.denoiser_rate),
+        *(("text_encoder_rate", rate) for rate in text),
+    ]
+    return [(word, rate) for word, rate in held if rate is not None]
 
 
 def _own_rate_problem(options: OptimizerOptions) -> str | None:
     if not options.own_rate:
         return None
-    for word, rate in _given_rates(options).items():
+    for word, rate in _given_rates(options):
         if rate or word == "learning_rate":
             return (
                 f"optimizer.{word} is {rate:g}, and adafactor in its relative form finds its own "
@@ -324,21 +352,22 @@ def _one_rate_problem(options: OptimizerOptions) -> str | None:
             return f"optimizer.{word} gives `up` another rate, and {reason}. Leave it out."
     if options.block_rates.given:
         return f"optimizer.block_rates gives blocks their own rates, and {reason}. Leave it out."
+    if not set(options.rates.values()) <= {0.0, 1.0}:
+        return f"optimizer.rates gives layers their own rates, and {reason}. Leave it out."
     if options.scale_rate != "none":
         return f"optimizer.scale_rate is {options.scale_rate}, and {reason}. Leave it out."
-    rates = _given_rates(options)
-    for word, rate in rates.items():
+    for word, rate in _given_rates(options):
         if rate < 0:
             return (
                 f"optimizer.{word} is {rate:g}, and {reason}, which cannot be below 0. Choose "
                 "another optimizer, or a rate above 0."
             )
-    parts = {options.rate_of("denoiser"), options.rate_of("text_encoder")} - {0.0}
-    if len(parts) > 1:
+    parts = [*options.rates_of("denoiser"), *options.text_rates]
+    if len(set(parts) - {0.0}) > 1:
+        *first, last = (f"{rate:g}" for rate in parts)
         return (
-            "optimizer.denoiser_rate and text_encoder_rate come to "
-            f"{options.rate_of('denoiser'):g} and {options.rate_of('text_encoder'):g}, and "
-            f"{reason}. Give optimizer.learning_rate alone."
+            f"optimizer.denoiser_rate and text_encoder_rate come to {', '.join(first)} and {last}, "
+            f"and {reason}. Give optimizer.learning_rate alone."
         )
     if options.text_encoder_stop is not None and options.estimates_rate:
         return (
@@ -349,12 +378,17 @@ def _one_rate_problem(options: OptimizerOptions) -> str | None:
 
 
 def _zero_problem(options: OptimizerOptions) -> str | None:
+    if options.text_encoder_rate == ():
+        return (
+            "optimizer.text_encoder_rate is an empty list. Give a number for each text encoder, or "
+            "leave it out."
+        )
     if options.learning_rate == 0:
         return (
             "optimizer.learning_rate is 0, which trains nothing. Give a rate; denoiser_rate: 0 or "
             "text_encoder_rate: 0 leave one part as it is."
         )
-    if options.rate_of("denoiser") == 0 and options.rate_of("text_encoder") == 0:
+    if not any(options.rates_of("denoiser")) and not any(options.text_rates):
         return "optimizer.denoiser_rate and text_encoder_rate are both 0, which trains nothing."
     return None
 
@@ -366,7 +400,7 @@ def _ratio_problem(options: OptimizerOptions) -> str | None:
             "optimizer.lora_plus_ratio has no effect where both lora_plus_denoiser_ratio and "
             "lora_plus_text_encoder_ratio are given. Leave it out."
         )
-    if options.text_encoder_rate == 0:
+    if not any(options.text_rates):
         for word in ("lora_plus_text_encoder_ratio", "text_encoder_stop"):
             if getattr(options, word) is not None:
                 return f"optimizer.{word} is given, and text_encoder_rate is 0. Drop one."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from raylora.optim.options import OptimizerOptions
+from raylora.optim.options import OptimizerOptions, Part
 from raylora.optim.schedules import ScheduleOptions
 
 
@@ -14,12 +14,34 @@ def rate_problems(
     *,
     trains_denoiser: bool,
     trains_text: bool,
+    network: str = "lora",
+    fast: Collection[str] = ("up",),
 ) -> list[str]:
-    """One sentence for each pair of options that cannot work together or would have no effect."""
+    """One sentence for each pair of options that cannot work together or would have no effect.
+
+    Args:
+        network: the kind of network, for the sentence.
+        fast: its parameters that LoRA+ moves faster.
+    """
     return [
         *_schedule_problems(optimizer, schedule),
         *_part_problems(optimizer, trains_denoiser, trains_text),
+        *([] if fast else _plus_problems(optimizer, network)),
     ]
+
+
+def _plus_problems(optimizer: OptimizerOptions, network: str) -> Iterator[str]:
+    ratios = {
+        "lora_plus_ratio": optimizer.lora_plus_ratio,
+        "lora_plus_denoiser_ratio": optimizer.lora_plus_denoiser_ratio,
+        "lora_plus_text_encoder_ratio": optimizer.lora_plus_text_encoder_ratio,
+    }
+    for word, ratio in ratios.items():
+        if ratio is not None:
+            yield (
+                f"optimizer.{word} moves one of two halves faster, and network.kind {network} has "
+                "no such halves. Leave it out, or choose network.kind: lora."
+            )
 
 
 def _schedule_problems(optimizer: OptimizerOptions, schedule: ScheduleOptions) -> Iterator[str]:
@@ -93,10 +115,13 @@ def _part_problems(
             "that the rest of the run would move nothing. Leave it out, or shorten training.steps."
         )
     yield from _unused_rates(optimizer, trains_denoiser, trains_text)
-    trained_parts = [
-        part for part, on in (("denoiser", trains_denoiser), ("text_encoder", trains_text)) if on
-    ]
-    if trained_parts and all(optimizer.rate_of(part) == 0 for part in trained_parts):  # type: ignore[arg-type]
+    each: tuple[tuple[Part, bool], ...] = (
+        ("denoiser", trains_denoiser),
+        ("text_encoder", trains_text),
+    )
+    trained_parts = [part for part, on in each if on]
+    rates = [rate for part in trained_parts for rate in optimizer.rates_of(part)]
+    if rates and not any(rates):
         yield (
             f"optimizer: the rate of all that network.train chooses ({', '.join(trained_parts)}) "
             "is 0. Give it a rate, or train another part."

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from raylora.base.errors import OptionError, UserError
 from raylora.base.options import Options, explain, known_as
+from raylora.diffusion.process import AnyProcess
 from raylora.diffusion.samplers import Sampler, sampler_problems
+from raylora.families import Family, FamilyOptions
 from raylora.preview.prompts import read_prompt, read_prompts_file
 
 DEFAULT_PREVIEW_STEPS = 250
@@ -25,6 +27,7 @@ class PictureSettings:
     Attributes:
         stream: which noise of `seed`; a job's prompt i, from 0, has stream i.
         strength: what the adapter is multiplied by.
+        embedded_guidance: the number that the base is told; None where it is told none.
         label: for people: the prompt, and on a line of its own what sets the picture apart.
     """
 
@@ -38,7 +41,40 @@ class PictureSettings:
     guidance: float
     sampler: Sampler
     strength: float = 1.0
+    embedded_guidance: float | None = None
     label: str = field(default="", compare=False)
+
+
+class Usual(NamedTuple):
+    """What previews of a base are where the job does not say."""
+
+    steps: int
+    guidance: float
+    sampler: Sampler
+    width: int
+    height: int
+    embedded_guidance: float | None = None
+    """None: the base is told none."""
+
+
+def usual_of(family: Family, options: FamilyOptions) -> Usual:
+    """What is usual for a base."""
+    side = options.native_resolution
+    return Usual(
+        family.usual_steps,
+        family.usual_guidance,
+        family.usual_sampler,
+        side,
+        side,
+        family.usual_embedded_guidance,
+    )
+
+
+_EMBEDDED = known_as(
+    source="Meng et al. 2022, arXiv 2210.03142",
+    sd_scripts="--g of a prompt, guidance_scale",
+    guides="distilled guidance, FLUX guidance",
+)
 
 
 class PromptOptions(Options):
@@ -64,6 +100,8 @@ class PromptOptions(Options):
         None, ge=0, json_schema_extra=known_as(sd_scripts="--l, scale", guides="CFG scale")
     )
     """Classifier-free guidance; 1 is none."""
+    embedded_guidance: float | None = Field(None, ge=0, json_schema_extra=_EMBEDDED)
+    """The guidance that FLUX.1-dev is told as a number."""
     sampler: Sampler | None = Field(
         None, json_schema_extra=known_as(sd_scripts="--ss, sample_sampler")
     )
@@ -125,15 +163,15 @@ class PreviewOptions(Options):
         ),
     )
     """Starting noise: prompt i uses stream i of this seed at every round."""
-    steps: int = Field(
-        20,
+    steps: int | None = Field(
+        None,
         ge=1,
         le=MAX_STEPS,
         json_schema_extra=known_as(sd_scripts="--s of a prompt (30)"),
     )
-    """Denoising steps."""
-    guidance: float = Field(
-        7.0,
+    """Denoising steps. Null is the family's usual."""
+    guidance: float | None = Field(
+        None,
         ge=0,
         json_schema_extra=known_as(
             formula="p(negative) + guidance (p(prompt) - p(negative))",
@@ -142,24 +180,31 @@ class PreviewOptions(Options):
             guides="CFG scale",
         ),
     )
-    """Classifier-free guidance; 1 is none."""
-    width: int = Field(512, ge=16, json_schema_extra=known_as(sd_scripts="--w of a prompt"))
-    """Pixels."""
-    height: int = Field(512, ge=16, json_schema_extra=known_as(sd_scripts="--h of a prompt"))
-    """Pixels."""
-    sampler: Sampler = Field(
-        "ddim",
+    """Classifier-free guidance; 1 is none. Null is the family's usual: none for FLUX."""
+    embedded_guidance: float | None = Field(None, ge=0, json_schema_extra=_EMBEDDED)
+    """The guidance that FLUX.1-dev is told as a number; null is its usual. Other bases are told
+    none, and refuse it."""
+    width: int | None = Field(
+        None, ge=16, json_schema_extra=known_as(sd_scripts="--w of a prompt (512)")
+    )
+    """Pixels. Null is the side that the family was made for."""
+    height: int | None = Field(
+        None, ge=16, json_schema_extra=known_as(sd_scripts="--h of a prompt (512)")
+    )
+    """Pixels. Null is the side that the family was made for."""
+    sampler: Sampler | None = Field(
+        None,
         json_schema_extra=known_as(
             source="ddim: Song et al. 2020, arXiv 2010.02502; pndm: Liu et al. 2022, 2202.09778; "
             "euler, heun, lms, dpm_2: Karras et al. 2022, 2206.00364, and k-diffusion; dpmsolver: "
             "Lu et al. 2022, 2206.00927; dpmsolver++ and dpmsingle: Lu et al. 2022, 2211.01095",
-            sd_scripts="--sample_sampler",
+            sd_scripts="--sample_sampler (ddim)",
         ),
     )
     """How pictures are taken out of noise, by diffusers' schedulers with the base's own config.
     euler_a and dpm_2_a add noise of their own, which follows the seed too; k_ before a name changes
     nothing. ddim, dpmsolver++ and euler_a are the usual choices; heun and dpm_2 ask the model twice
-    a step."""
+    a step. Flow models (SD 3, FLUX) take euler or heun. Null is the family's usual."""
     strengths: tuple[Strength, ...] = Field(
         (1.0,), min_length=1, json_schema_extra=known_as(sd_scripts="--am of a prompt")
     )
@@ -206,16 +251,20 @@ class PreviewOptions(Options):
                 own = _section_of(prompt)
             except OptionError as error:
                 raise ValueError(f"preview.prompts.{number}: {error}") from error
-            guidance = self.guidance if own.guidance is None else own.guidance
-            if (own.negative or (own.negative is None and self.negative)) and guidance <= 1:
-                raise ValueError(
-                    f"preview.prompts.{number} has a negative prompt, and guidance {guidance:g} "
-                    "does not look at it. Set guidance above 1, or leave the negative prompt out."
-                )
+            for problem in self._unheard(number, own):
+                raise ValueError(problem)
         return self
 
+    def with_usual(self, usual: Usual) -> Self:
+        """The same with what is null filled in by what is usual for the base."""
+        held = {name: given for name in Usual._fields if (given := getattr(self, name)) is not None}
+        return self.model_copy(update=usual._asdict() | held)
+
     def pictures(self) -> tuple[PictureSettings, ...]:
-        """Every picture of a round, in the order of their numbers: strengths within prompts."""
+        """Every picture of a round, in the order of their numbers: strengths within prompts.
+
+        Without `with_usual` what is null stays so, which labels and prompts do not show.
+        """
         found = []
         for stream, prompt in enumerate(self.prompts):
             own = _section_of(prompt)
@@ -226,32 +275,53 @@ class PreviewOptions(Options):
                 found.append(self._picture(own, stream, strength, shown))
         return tuple(found)
 
-    def problems(self, *, size_step: int, pure_noise: bool) -> list[str]:
+    def problems(self, usual: Usual, *, size_step: int, process: AnyProcess) -> list[str]:
         """Pictures that a base cannot draw, one sentence each.
 
         Args:
             size_step: sides must be multiples of it.
-            pure_noise: the last timestep is trained on pure noise (zero-terminal SNR).
+            process: as it is trained (`trained_process`).
         """
+        filled = self.with_usual(usual)
         found = []
         for number, prompt in enumerate(self.prompts):
             own = _section_of(prompt)
             mine = own.width is not None or own.height is not None
             place = f"preview.prompts.{number}" if mine else "preview.width and height"
-            size = (own.width or self.width, own.height or self.height)
+            size = (own.width or filled.width or 0, own.height or filled.height or 0)
             if any(side % size_step for side in size):
                 told = f"{place} {size[0]}x{size[1]}"
                 found.append(f"{told}: this base needs multiples of {size_step}.")
-        samplers = [picture.sampler for picture in self.pictures()]
-        wrong = sampler_problems(samplers, pure_noise=pure_noise)
+            found += filled._unheard(number, own)
+            given = (own.embedded_guidance, self.embedded_guidance)
+            told_guidance = [guidance for guidance in given if guidance is not None]
+            if told_guidance and usual.embedded_guidance is None:
+                found.append(
+                    f"preview.embedded_guidance is {told_guidance[0]:g}, and this base is told no "
+                    "guidance: FLUX.1-dev is. Write preview.guidance for classifier-free guidance, "
+                    "or leave it out."
+                )
+        samplers = [picture.sampler for picture in filled.pictures()]
+        wrong = sampler_problems(samplers, process)
         return [*dict.fromkeys(found), *(f"preview.sampler: {problem}" for problem in wrong)]
+
+    def _unheard(self, number: int, own: PromptOptions) -> Iterator[str]:
+        """A negative prompt that no guidance looks at, where the guidance is known."""
+        guidance = self.guidance if own.guidance is None else own.guidance
+        negative = self.negative if own.negative is None else own.negative
+        if negative and guidance is not None and guidance <= 1:
+            yield (
+                f"preview.prompts.{number} has a negative prompt, and guidance {guidance:g} "
+                "does not look at it. Set guidance above 1, or leave the negative prompt out."
+            )
 
     def _picture(
         self, own: PromptOptions, stream: int, strength: float, shown: str
     ) -> PictureSettings:
-        names = ("negative", "seed", "width", "height", "steps", "guidance", "sampler")
+        names = ("negative", "seed", *Usual._fields)
         given = {name: held for name in names if (held := getattr(own, name)) is not None}
-        told = [f"{name} {given[name]}" for name in ("seed", *names[4:]) if name in given]
+        telling = ("seed", "steps", "guidance", "embedded_guidance", "sampler")
+        told = [f"{name} {given[name]}" for name in telling if name in given]
         notes = ", ".join([*told, *([shown] if shown else [])])
         return PictureSettings(
             own.prompt,

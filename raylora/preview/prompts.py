@@ -24,16 +24,16 @@ _FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "d": ("seed", int, "a whole number"),
     "s": ("steps", int, "a whole number"),
     "l": ("guidance", float, "a number"),
+    "g": ("embedded_guidance", float, "a number"),
     "ss": ("sampler", str, "a sampler"),
     "am": ("strength", float, "one number"),
 }
 _NOT_HERE = {
-    "g": "guidance that a FLUX model is told as a number; write --l for classifier-free guidance",
     "cn": "the picture that a ControlNet follows, and a LoRA is drawn without one",
-    "i": "a picture to edit, which Stable Diffusion 1.x does not take",
+    "i": "a picture to edit, which no base here takes",
     "ctr": "where Lumina stops its guidance",
     "rcfg": "how Lumina rescales its guidance",
-    "fs": "the shift of a flow model's timesteps",
+    "fs": "the shift of a flow model's timesteps, which is the base's own here",
 }
 _KEYS = {
     "prompt": "prompt",
@@ -43,10 +43,10 @@ _KEYS = {
     "seed": "seed",
     "sample_steps": "steps",
     "scale": "guidance",
+    "guidance_scale": "embedded_guidance",
     "sample_sampler": "sampler",
 }
 _KEYS_NOT_HERE = {
-    "guidance_scale": "g",
     "controlnet_image": "cn",
     "image": "i",
     "cfg_trunc_ratio": "ctr",

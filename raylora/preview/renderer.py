@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raylora.adapt.attach import Adapter
 from raylora.base.seeds import draw_normal
-from raylora.diffusion.process import Process
+from raylora.diffusion.process import AnyProcess
 from raylora.families import Family, Renderer
 from raylora.preview.options import PictureSettings
 
@@ -24,7 +24,7 @@ def draw_preview(
     family: Family,
     settings: PictureSettings,
     *,
-    process: Process,
+    process: AnyProcess,
     adapter: Adapter | None = None,
 ) -> NDArray[np.uint8]:
     """One picture, (H, W, 3).
@@ -55,6 +55,7 @@ def draw_preview(
             sampler=settings.sampler,
             noise=noise,
             process=process,
+            embedded_guidance=settings.embedded_guidance,
         )
 
 

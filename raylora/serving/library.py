@@ -15,8 +15,10 @@ import yaml
 
 from raylora.adapt.attach import Adapter
 from raylora.adapt.initial import weights_of
-from raylora.adapt.keys import kohya_name, kohya_to_module
 from raylora.adapt.lora_file import read_adapter
+from raylora.adapt.merge import fitted
+from raylora.adapt.onto import Names
+from raylora.adapt.parameters import network_of
 from raylora.base.errors import MissingObject, WeightsError
 from raylora.base.site import Site
 from raylora.base.storage import Storage, is_key
@@ -93,6 +95,7 @@ class Library:
         self,
         checkpoint: Checkpoint,
         sites: Sequence[Site],
+        names: Names,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Adapter:
@@ -108,7 +111,7 @@ class Library:
                 f"{checkpoint.name}: adapter.safetensors is not what its manifest says, so it was "
                 "changed after it was saved. Draw another checkpoint."
             )
-        return adapter_on(sites, data, dtype=dtype, device=device)
+        return adapter_on(sites, names, data, dtype=dtype, device=device)
 
     def _checkpoint(self, run: str, step: int) -> Checkpoint:
         manifest = json.loads(self._store.read(f"{_folder(run, step)}/manifest.json"))
@@ -116,24 +119,28 @@ class Library:
 
 
 def adapter_on(
-    sites: Sequence[Site], file: bytes, *, dtype: torch.dtype, device: torch.device
+    sites: Sequence[Site], names: Names, file: bytes, *, dtype: torch.dtype, device: torch.device
 ) -> Adapter:
     """The adapter of a LoRA file, with the file's own rank and alpha at every layer.
 
     Args:
-        sites: of the models that will carry it; those that the file leaves out stay bare.
+        sites: every layer of the base; those that the file leaves out stay bare.
+        names: what files call them.
 
     Raises:
         WeightsError: not a LoRA file, or one for another base.
     """
-    modules = read_adapter(file).modules
-    names = {kohya_name(site.name): site.name for site in sites}
-    for name in modules:
-        if name not in names:
-            kohya_to_module(name, names.values())
+    modules = fitted(read_adapter(file), sites, names)
+    kinds = {network_of(module) for module in modules.values()}
+    if len(kinds) != 1:
+        raise WeightsError(
+            f"the file has {len(kinds)} kinds of network ({', '.join(sorted(kinds))}), and one "
+            "picture is drawn with one."
+        )
+    (kind,) = kinds
     held = weights_of(modules, sites)
     return Adapter(
-        get_network("lora"), held.sites, held.weights, held.scales, dtype=dtype, device=device
+        get_network(kind), held.sites, held.weights, held.scales, dtype=dtype, device=device
     )
 
 

@@ -6,8 +6,9 @@ from pydantic import Field, ValidationError
 
 from raylora.base.errors import OptionError
 from raylora.base.options import Options, explain
+from raylora.diffusion.process import AnyProcess
 from raylora.diffusion.samplers import Sampler, sampler_problems
-from raylora.preview.options import PictureSettings, PreviewOptions
+from raylora.preview.options import PictureSettings, PreviewOptions, Usual
 
 TOKEN_VARIABLE = "RAYLORA_SERVE_TOKEN"
 """Environment variable of whoever starts the server, for a token of their own."""
@@ -59,6 +60,8 @@ class RenderRequest(Options):
     """Denoising steps."""
     guidance: float | None = Field(None, ge=0, le=100)
     """Classifier-free guidance; 1 is none."""
+    embedded_guidance: float | None = Field(None, ge=0, le=100)
+    """The guidance that FLUX.1-dev is told as a number; other bases refuse it."""
     sampler: Sampler | None = None
     """How the picture is taken out of noise."""
     width: int | None = Field(None, ge=16)
@@ -88,19 +91,19 @@ def picture_settings(
     limits: ServeOptions,
     *,
     size_step: int,
-    pure_noise: bool = False,
+    process: AnyProcess,
 ) -> PictureSettings:
     """How to draw the request.
 
     Args:
-        previews: the run's, for whatever the request leaves open.
+        previews: the run's, with the usual filled in, for whatever the request leaves open.
         size_step: sides must be multiples of it, since the base halves its latents.
-        pure_noise: the run trained the last timestep on pure noise (zero-terminal SNR).
+        process: what the run trained.
 
     Raises:
         OptionError: too many steps or pixels, or what the base cannot draw.
     """
-    words = ("negative", "seed", "steps", "guidance", "sampler", "width", "height")
+    words = ("negative", "seed", *Usual._fields)
     asked = {word: held for word in words if (held := getattr(request, word)) is not None}
     held = {word: getattr(previews, word) for word in words} | asked
     width, height, steps = held["width"], held["height"], held["steps"]
@@ -118,6 +121,11 @@ def picture_settings(
             f"negative: guidance {held['guidance']:g} does not look at it. Set guidance above 1, "
             "or leave it out."
         )
-    for problem in sampler_problems([held["sampler"]], pure_noise=pure_noise):
+    if request.embedded_guidance is not None and previews.embedded_guidance is None:
+        raise OptionError(
+            f"embedded_guidance is {request.embedded_guidance:g}, and this base is told no "
+            "guidance: FLUX.1-dev is. Write guidance, or leave it out."
+        )
+    for problem in sampler_problems([held["sampler"]], process):
         raise OptionError(f"sampler: {problem}")
     return PictureSettings(request.prompt, **held, stream=request.stream, strength=request.strength)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from raylora.adapt.attach import Adapter, Attachment
-from raylora.diffusion.process import Process
+from raylora.adapt.onto import names_of
+from raylora.diffusion.process import AnyProcess
 from raylora.families import Family
 from raylora.preview.options import PictureSettings
 from raylora.preview.renderer import draw_preview, png_bytes
@@ -35,12 +36,12 @@ class Studio:
         self.family = family
         denoiser = family.load_denoiser(dtype=dtype, device=device)
         encoders = family.load_text_encoders(dtype=dtype, device=device)
-        self._sites = family.sites(denoiser, "attention_mlp", convolutions=True)
-        self._sites += family.text_sites(encoders, "attention_mlp")
+        self._sites = [*family.sites(denoiser), *family.text_sites(encoders)]
         models = {family.component: denoiser, **encoders}
         self._attachments = [Attachment(model, name) for name, model in models.items()]
         for held in self._attachments:
             held.attach([site for site in self._sites if site.component == held.component])
+        self._names = names_of(family)
         self._renderer = family.load_renderer(denoiser, encoders)
         self._exact = exact
         self._device = device
@@ -52,7 +53,7 @@ class Studio:
         checkpoint: Checkpoint | None,
         settings: PictureSettings,
         *,
-        process: Process,
+        process: AnyProcess,
     ) -> bytes:
         """A PNG; the same bytes for the same arguments, and as training draws its previews.
 
@@ -65,7 +66,9 @@ class Studio:
             found = checkpoint
             adapter = self._adapters.get(
                 found.hash,
-                lambda: library.load(found, self._sites, dtype=self._exact, device=self._device),
+                lambda: library.load(
+                    found, self._sites, self._names, dtype=self._exact, device=self._device
+                ),
             )
         for held in self._attachments:
             held.adapter = adapter

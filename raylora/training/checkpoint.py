@@ -46,7 +46,8 @@ class State:
 
     Attributes:
         step: global steps done.
-        tensors: `values`, their average as `ema`, the optimizer's as `optimizer/<name>`.
+        tensors: `values`, their average as `ema`, what is not trained as `constants`, the
+            optimizer's as `optimizer/<name>`.
         facts: what is not a tensor: fingerprints of `CONTENT`, the shares, whether the step was
             looked at, the optimizer's numbers.
     """

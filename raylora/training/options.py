@@ -54,8 +54,15 @@ class TrainingOptions(Options):
     machines of one kind computes the same bits; slower where micro-batches would help."""
     min_timestep: int = Field(0, ge=0)
     """Lowest timestep that is drawn."""
-    max_timestep: int | None = Field(None, ge=1)
-    """One past the highest timestep that is drawn; null is all of the base's."""
+    max_timestep: int | None = Field(
+        None,
+        ge=1,
+        json_schema_extra=known_as(
+            formula="of what is drawn from 0 to 1: min_timestep + (max_timestep - min_timestep) x",
+        ),
+    )
+    """One past the highest timestep that is drawn; null is all of the base's. A flow model's
+    timesteps are 1000 sigma, 0 to 1000; sd-scripts passes over both options for FLUX."""
     save_every_steps: int | None = Field(
         None, ge=1, json_schema_extra=known_as(sd_scripts="--save_every_n_steps")
     )

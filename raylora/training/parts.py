@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from raylora.adapt.norm_cap import NormCap
 from raylora.base.log import get_logger
 from raylora.diffusion.losses import SampleLoss
 from raylora.diffusion.noise import NoiseSource
-from raylora.diffusion.process import Process
+from raylora.diffusion.process import AnyProcess
+from raylora.diffusion.timesteps import TimestepSource
 from raylora.families import Models
 from raylora.optim.groups import Group as ParameterGroup
 from raylora.optim.state import shown_values
@@ -90,8 +91,10 @@ class Parts:
         sums: how gradients and losses are added up.
         micro_batch: images at once; out of memory halves it.
         dtype: of activations; losses and the adapter are in `adapter.values.dtype`.
-        timesteps: range [low, high) that is drawn from.
+        timesteps: which are drawn for a sample.
         skip_broken: a step whose gradient is not finite moves nothing, and the run goes on.
+        under: a frozen adapter beneath the trained one, on while training and measuring and off
+            for people (`family.training_adapter`); None is none.
     """
 
     denoiser: nn.Module
@@ -100,7 +103,7 @@ class Parts:
     adapter: Adapter
     predict: Predict
     read_text: ReadText
-    process: Process
+    process: AnyProcess
     loss: SampleLoss
     noise: NoiseSource
     mover: Mover
@@ -112,10 +115,11 @@ class Parts:
     sums: Sums
     micro_batch: int
     seed: int
-    timesteps: tuple[int, int]
+    timesteps: TimestepSource
     dtype: torch.dtype
     device: torch.device
     skip_broken: bool = False
+    under: Adapter | None = None
 
     @property
     def asks_if_broken(self) -> bool:
@@ -129,6 +133,12 @@ class Parts:
             stack.enter_context(shown_values(self.mover.optimizer))
             if self.ema:
                 stack.enter_context(self.ema.shown())
+            yield
+
+    @contextmanager
+    def as_drawn(self) -> Iterator[None]:
+        """Within it, the models are those that people draw with: nothing is under the adapter."""
+        with self.under.off() if self.under else nullcontext():
             yield
 
     def halve_micro_batch(self, where: str) -> None:

@@ -15,6 +15,9 @@ class Previews:
     """Draws every picture of a round at a step and stores `samples/<step>/<number>.png`.
 
     Training's own draws are not touched: they are functions of (seed, step, sample).
+
+    Args:
+        options: with the usual filled in.
     """
 
     def __init__(self, family: Family, options: PreviewOptions, storage: Storage) -> None:
@@ -44,9 +47,10 @@ class Previews:
             # Text encoders that training reads are those that carry its adapter.
             encoders = parts.text_encoders or None
             self._renderer = self._family.load_renderer(parts.denoiser, encoders)
-        picture = draw_preview(
-            self._renderer, self._family, settings, process=parts.process, adapter=parts.adapter
-        )
+        with parts.as_drawn():
+            picture = draw_preview(
+                self._renderer, self._family, settings, process=parts.process, adapter=parts.adapter
+            )
         self._storage.write(key, png_bytes(picture))
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from raylora.adapt.keys import Naming
+from raylora.adapt.layout import laid_out
 from raylora.adapt.lora_file import AdapterModule, adapter_bytes
+from raylora.adapt.onto import Names
 from raylora.adapt.proof import ExportProver, ProofReport
-from raylora.adapt.readable import readable
-from raylora.adapt.trained import low_ranks
+from raylora.adapt.trained import trained
 from raylora.base.storage import Storage
 from raylora.training.checkpoint import State, prune, write_checkpoint
 from raylora.training.parts import Parts
@@ -25,6 +26,7 @@ class Saver:
     Args:
         storage: the run's folder.
         dtype: of the numbers in the file.
+        names: what files call the layers of the base.
         naming: whose names the file uses.
         metadata: step -> the file's header.
         prover: reads each file back independently; None where a caller measures speed alone.
@@ -41,10 +43,12 @@ class Saver:
         prover: ExportProver | None,
         keep_last: int | None,
         attempt: int,
+        names: Names,
         naming: Naming = "kohya",
     ) -> None:
         self._storage = storage
         self._dtype = dtype
+        self._names = names
         self._naming = naming
         self._metadata = metadata
         self._prover = prover
@@ -60,7 +64,9 @@ class Saver:
         """
         with parts.shown():
             file = self.file(parts, step)
-            report = self._prover.prove(file, low_ranks(parts.adapter)) if self._prover else None
+            report = None
+            if self._prover:
+                report = self._prover.prove(file, trained(parts.adapter), self._names)
         tensors, held = held_state(parts)
         still_ours(self._storage, self._attempt)
         write_checkpoint(self._storage, State(step, tensors, {**facts, **held}), file)
@@ -73,10 +79,9 @@ class Saver:
         exported = parts.adapter.modules()
         modules = [AdapterModule(name, tensors) for name, tensors in exported.items()]
         return adapter_bytes(
-            readable(modules, self._naming),
+            laid_out(modules, self._names, self._naming),
             dict(self._metadata(step)),
             dtype=self._dtype,
-            naming=self._naming,
         )
 
     def close(self) -> None:

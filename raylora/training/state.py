@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raylora.adapt.attach import Adapter
 from raylora.optim.state import flatten, restore
 from raylora.training.checkpoint import State
 from raylora.training.parts import Parts
@@ -20,6 +21,8 @@ def held_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, facts = flatten(parts.mover.optimizer)
     held = {f"{_OPTIMIZER}{name}": tensor for name, tensor in tensors.items()}
     held["values"] = parts.adapter.values.detach()
+    if parts.adapter.constants.numel():
+        held["constants"] = parts.adapter.constants
     if parts.ema:
         held["ema"] = parts.ema.average
     return held, {"optimizer": facts, "loss_scale": parts.loss_scale.facts()}
@@ -28,11 +31,24 @@ def held_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
 @torch.no_grad()
 def restore_state(parts: Parts, state: State) -> None:
     """Put a checkpoint's state back, bit for bit."""
-    parts.adapter.values.copy_(state.tensors["values"])
+    restore_adapter(parts.adapter, state)
     if parts.ema:
         parts.ema.average.copy_(state.tensors["ema"])
     restore_optimizer(parts.mover.optimizer, state)
     parts.loss_scale.restore(state.facts["loss_scale"])
+
+
+@torch.no_grad()
+def restore_adapter(adapter: Adapter, state: State, *, values: str = "values") -> None:
+    """Put the adapter's numbers back.
+
+    Args:
+        values: which of the state's tensors the trained ones are: these, or their average `ema`.
+    """
+    adapter.values.copy_(state.tensors[values])
+    if adapter.constants.numel():
+        # They are not drawn again: what a decomposition gives differs by machine.
+        adapter.constants.copy_(state.tensors["constants"])
 
 
 def copy_state_from_first(parts: Parts) -> None:

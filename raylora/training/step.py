@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from raylora.data.steps import SampleRef
-from raylora.data.supply import PRESERVE, Tensors
+from raylora.data.supply import PRESERVE, UNCAST, Tensors
 from raylora.diffusion.losses import WEIGHING
-from raylora.diffusion.noise import draw_timesteps
 from raylora.optim.groups import leave_out
 from raylora.training.loader import micro_batches
 from raylora.training.parts import Parts
@@ -144,11 +143,10 @@ def sample_losses(
     parts: Parts, batch: dict[str, Tensor], numbers: Sequence[int], step: int
 ) -> Tensor:
     """The loss of each sample, (B,), with what is drawn for (step, sample)."""
-    low, high = parts.timesteps
-    noise, noised_with = parts.noise.draw(
-        batch["latents"], seed=parts.seed, step=step, samples=numbers
-    )
-    timesteps = draw_timesteps(low=low, high=high, seed=parts.seed, step=step, samples=numbers)
+    latents = batch["latents"]
+    noise, noised_with = parts.noise.draw(latents, seed=parts.seed, step=step, samples=numbers)
+    size = (latents.shape[2], latents.shape[3])
+    timesteps = parts.timesteps.draw(size, seed=parts.seed, step=step, samples=numbers)
     learns = not parts.mover.stopped(step)
     return losses_at(parts, batch, noise, timesteps, noised_with=noised_with, text_learns=learns)
 
@@ -176,7 +174,8 @@ def losses_at(
     latents, noise = placed(batch["latents"]), placed(noise)
     timesteps = timesteps.to(parts.device, non_blocking=True)
     weighing = {name: placed(batch[name]) for name in WEIGHING if name in batch}
-    others = {"latents", PRESERVE, *WEIGHING}
+    extras = {n: batch[n].to(parts.device, non_blocking=True) for n in UNCAST if n in batch}
+    others = {"latents", PRESERVE, *WEIGHING, *UNCAST}
     captions = {name: tensor for name, tensor in batch.items() if name not in others}
     noised_with = noise if noised_with is None else placed(noised_with)
     noisy = parts.process.noisy(latents, noised_with, timesteps).to(parts.dtype)
@@ -185,7 +184,7 @@ def losses_at(
     def predict() -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and text_learns):
             conditions = parts.read_text(captions)
-        return parts.predict(parts.denoiser, noisy, timesteps, conditions)
+        return parts.predict(parts.denoiser, noisy, timesteps, {**conditions, **extras})
 
     if PRESERVE in batch and bool(batch[PRESERVE].any()):  # on the CPU still
         with torch.no_grad(), parts.adapter.off():

@@ -114,5 +114,5 @@ def _loss_sum(
         draw_normal(shape, seed=NOISE_SEED, step=timestep, sample=mate.number, purpose="validation")
         for mate in mates
     ]
-    timesteps = torch.full((len(mates),), timestep, dtype=torch.int64)
+    timesteps = torch.full((len(mates),), timestep, dtype=parts.timesteps.dtype)
     return float(losses_at(parts, batch, torch.from_numpy(np.stack(drawn)), timesteps).sum())

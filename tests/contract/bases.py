@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib.util
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from raylora.weights.base import open_base
+
 from raylora.families import Family, get_family
 
-TINY = {"sd15": Path(__file__).parents[2] / "jobs" / "quickstart" / "tiny-sd"}
+JOBS = Path(__file__).parents[2] / "jobs"
+TRAINED = {"sd15": JOBS / "quickstart" / "tiny-sd"}
+"""Bases that were really trained; of the others there are random ones."""
+
+
+def _load_maker() -> Any:
+    spec = importlib.util.spec_from_file_location("make_bases", JOBS / "smoke" / "make_bases.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MAKER = _load_maker()
+RANDOM = tuple(MAKER.KINDS)
+"""Words of `random_folder`: the families, and variants of them (sd35, schnell)."""
+
+
+@cache
+def _bases() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="raylora-bases-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def random_folder(kind: str) -> Path:
+    """A tiny base with random weights, made once in a test run."""
+    assert kind in RANDOM, f"family {kind!r} has no tiny base in jobs/smoke/make_bases.py"
+    folder: Path = MAKER.make_base(kind, _bases() / kind)
+    return folder
 
 
 def tiny_folder(kind: str) -> Path:
-    assert kind in TINY, f"family {kind!r} has no tiny base in tests/contract/bases.py"
-    return TINY[kind]
+    return TRAINED.get(kind) or random_folder(kind)
 
 
 def open_tiny(kind: str, folder: Path | None = None, **words: Any) -> Family:
+    """A family on its tiny base, or on a folder."""
     family, options = get_family(kind)
     place = folder or tiny_folder(kind)
-    return family(place, options(kind=kind, weights=str(place), **words))
+    return family(open_base(str(place), kind=kind), options(kind=kind, weights=str(place), **words))

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from adapters import fresh_adapter
-from bases import open_tiny, tiny_folder
+from bases import TRAINED, open_tiny, tiny_folder
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from raylora.adapt.attach import Attachment
-from raylora.adapt.keys import kohya_name, layer_at
 from raylora.base.encoder import Encoder
 from raylora.base.errors import WeightsError
 from raylora.base.lookup import plugins
+from raylora.base.site import Site
+from raylora.diffusion.process import Flow, Process
 from raylora.families import Family, FamilyOptions, Models, get_family
 from raylora.networks import get_network
 
@@ -48,6 +51,36 @@ def encoder_of(kind: str) -> Encoder:
     return opened(kind).load_encoder(device=CPU)
 
 
+def layer_at(models: Models, site: Site) -> nn.Module:
+    """The layer of a site; a text encoder's name has a level that its model may not have."""
+    model, path = models[site.component], site.name.partition(".")[2]
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return model.get_submodule(path.removeprefix("text_model."))
+
+
+def linears(sites: list[Site]) -> list[Site]:
+    """What a LoRA sits on where nothing else is asked for."""
+    return [site for site in sites if site.role in ("attention", "mlp") and site.kind == "linear"]
+
+
+def told(family: Family, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Conditions, with what the data adds to what is cached."""
+    count = len(next(iter(conditions.values())))
+    if family.wants_geometry:
+        geometry = torch.tensor([640.0, 480.0, 0.0, 16.0, 64.0, 64.0])
+        conditions = {**conditions, "geometry": geometry.expand(count, 6)}
+    return conditions
+
+
+def timesteps_of(family: Family, *shares: float) -> Tensor:
+    """Timesteps at shares of the way from picture to noise."""
+    if isinstance(family.process, Flow):
+        return torch.tensor(shares) * family.process.steps
+    return torch.tensor([round(share * (family.process.steps - 1)) for share in shares])
+
+
 def pixels(family: Family, count: int) -> np.ndarray:
     size = (count, 3, 2 * family.size_step, 3 * family.size_step)
     return np.random.default_rng(0).uniform(-1, 1, size).astype(np.float32)
@@ -71,12 +104,20 @@ def test_it_says_what_it_is(kind: str):
         family.metadata
     )
     assert all(isinstance(value, str) for value in family.metadata.values())
-    assert family.process.steps == len(family.process.alphas_cumprod)
+    if isinstance(family.process, Process):
+        assert family.process.steps == len(family.process.alphas_cumprod)
+    assert family.text_components == tuple(texts_of(kind))
+    assert len(family.blocks) == 3
+    assert len(family.encoder_dropout) in (0, len(family.text_components))
+    assert family.usual_guidance >= 1
+    assert family.usual_steps >= 1
 
 
 @every_kind
 def test_a_folder_that_is_another_model_is_refused(kind: str, tmp_path: Path):
-    with pytest.raises(WeightsError, match="is missing"):
+    with pytest.raises(
+        WeightsError, match=r"has no (unet|transformer) .*choose the family that fits"
+    ):
         open_tiny(kind, tmp_path)
 
 
@@ -142,47 +183,80 @@ def test_the_denoiser_is_frozen(kind: str):
     assert not any(weight.is_meta for weight in [*denoiser.parameters(), *denoiser.buffers()])
 
 
+def every_site(kind: str) -> list[Site]:
+    family = opened(kind)
+    return [*family.sites(denoiser_of(kind)), *family.text_sites(texts_of(kind))]
+
+
 @every_kind
-@pytest.mark.parametrize("layers", ["attention", "attention_mlp"])
-def test_its_sites_are_layers_of_the_denoiser(kind: str, layers: str):
-    family, denoiser = opened(kind), denoiser_of(kind)
-    sites = family.sites(denoiser, layers)
-    assert sites
+def test_its_sites_are_layers_of_its_models(kind: str):
+    family, sites = opened(kind), every_site(kind)
+    models = {family.component: denoiser_of(kind), **texts_of(kind)}
+    assert len({site.name for site in sites}) == len(sites)
     for site in sites:
-        component, _, path = site.name.partition(".")
-        layer = denoiser.get_submodule(path)
-        assert component == family.component
+        layer: Any = layer_at(models, site)
+        assert (site.kind == "norm") == (site.role == "norm"), site
         if site.kind == "linear":
             assert isinstance(layer, nn.Linear)
             assert (layer.in_features, layer.out_features) == (site.inputs, site.outputs)
-        else:
+        elif site.kind == "conv":
             assert isinstance(layer, nn.Conv2d)
             assert (layer.in_channels, layer.out_channels) == (site.inputs, site.outputs)
-    names = {kohya_name(site.name) for site in sites}
-    assert len(names) == len(sites), "two layers would have one name in the file"
+            found = (layer.kernel_size, layer.stride, layer.padding)
+            assert found == (site.kernel, site.stride, site.padding)
+        else:
+            assert tuple(layer.weight.shape) == (site.inputs,) == (site.outputs,)
 
 
 @every_kind
-def test_attention_is_a_part_of_attention_and_mlp_in_the_same_order(kind: str):
+def test_its_sites_are_all_that_carry_weights_in_the_order_of_the_model(kind: str):
     family, denoiser = opened(kind), denoiser_of(kind)
-    few, many = (family.sites(denoiser, layers) for layers in ("attention", "attention_mlp"))
-    assert len(few) < len(many)
-    assert [site for site in many if site in few] == few
-    assert family.sites(denoiser, "attention_mlp") == many
+    listed = [site.name.partition(".")[2] for site in family.sites(denoiser)]
+    able = [
+        path for path, layer in denoiser.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
+    assert [path for path in listed if path in set(able)] == able
 
 
 @every_kind
-def test_convolutions_are_added_to_the_layers_that_are_there_without(kind: str):
-    family, denoiser = opened(kind), denoiser_of(kind)
-    for layers in ("attention", "attention_mlp"):
-        plain = family.sites(denoiser, layers)
-        more = family.sites(denoiser, layers, convolutions=True)
-        assert [site for site in more if site in plain] == plain
-        for site in more:
-            layer = layer_at(denoiser, site.name)
-            if isinstance(layer, nn.Conv2d):
-                found = (layer.kernel_size, layer.stride, layer.padding)
-                assert found == (site.kernel, site.stride, site.padding)
+def test_its_blocks_are_counted_within_what_it_says(kind: str):
+    family = opened(kind)
+    sites = family.sites(denoiser_of(kind))
+    first = 0
+    last = sum(family.blocks) - 1 + 2 * family.block_ends
+    held = [site.block for site in sites if site.block is not None]
+    assert held
+    assert first <= min(held) <= max(held) <= last
+    for site in sites:
+        if site.role in ("attention", "mlp"):
+            assert site.block is not None
+            assert site.section
+    assert all(site.block is None for site in family.text_sites(texts_of(kind)))
+
+
+@every_kind
+def test_each_layer_has_its_own_place_in_a_file(kind: str):
+    """Where several layers are joined in one, their rows are all of it, and none twice."""
+    family, sites = opened(kind), every_site(kind)
+    joined: dict[str, list[tuple[int, int, int]]] = {}
+    alone = set()
+    for site in sites:
+        place = family.place(site.name)
+        prefix = "lora_unet" if site.component == family.component else "lora_te"
+        assert place.prefix.startswith(prefix)
+        if place.rows is None:
+            assert place.kohya not in alone, site
+            alone.add(place.kohya)
+        else:
+            assert place.rows[1] - place.rows[0] == site.outputs
+            joined.setdefault(place.kohya, []).append(place.rows)
+    assert not alone & joined.keys()
+    for name, rows in joined.items():
+        ends = sorted(rows)
+        assert ends[0][0] == 0, name
+        assert ends[-1][1] == ends[-1][2], name
+        assert all(one[1] == other[0] for one, other in pairwise(ends)), name
+        assert len({whole for _, _, whole in rows}) == 1, name
 
 
 @pytest.mark.slow
@@ -195,7 +269,8 @@ def test_images_become_latents(kind: str):
     assert latents.shape == (2, family.latent_channels, height, width)
     assert latents.dtype == np.float32
     assert np.isfinite(latents).all()
-    assert 0.2 < latents.std() < 5, "latents are not scaled to about 1"
+    if kind in TRAINED:
+        assert 0.2 < latents.std() < 5, "latents are not scaled to about 1"
     alone = encoder.encode_images(given[1:])["latents"]
     assert_close(alone, latents[1:], rtol=0, atol=1e-4)  # fp32, another order of sums
     assert np.array_equal(encoder.encode_images(given)["latents"], latents)
@@ -224,12 +299,14 @@ def test_predictions_have_the_shape_of_the_latents(kind: str, dtype: torch.dtype
     family = opened(kind)
     denoiser = family.load_denoiser(dtype=dtype, device=CPU)
     captions = encoder_of(kind).encode_texts(["a cat", "a dog"])
-    conditions = {word: torch.from_numpy(array).to(dtype) for word, array in captions.items()}
+    conditions = told(
+        family, {word: torch.from_numpy(array).to(dtype) for word, array in captions.items()}
+    )
     side = family.size_step // family.pixels_per_latent
     for height, width in ((side, side), (2 * side, 3 * side)):
         latents = torch.linspace(-1, 1, 2 * family.latent_channels * height * width)
         noisy = latents.view(2, family.latent_channels, height, width).to(dtype)
-        timesteps = torch.tensor([0, family.process.steps - 1])
+        timesteps = timesteps_of(family, 0.0, 1.0)
         with torch.no_grad():
             prediction = family.predict(denoiser, noisy, timesteps, conditions)
             again = family.predict(denoiser, noisy, timesteps, conditions)
@@ -253,21 +330,54 @@ def test_facts_are_json_and_the_same_each_time(kind: str):
 
 
 @every_kind
-@pytest.mark.parametrize(("part", "changed"), [("vae", 0), ("text_encoder", 1), ("tokenizer", 1)])
-def test_facts_follow_the_weights_and_not_the_place(
-    kind: str, part: str, changed: int, tmp_path: Path
-):
-    folder = tmp_path / "moved"
-    shutil.copytree(tiny_folder(kind), folder)
-    before = opened(kind).encoder_facts()
-    assert open_tiny(kind, folder).encoder_facts() == before
-    file = max((folder / part).iterdir(), key=lambda path: path.stat().st_size)
-    data = bytearray(file.read_bytes())
-    data[-2] ^= 1
-    file.write_bytes(data)
-    after = open_tiny(kind, folder).encoder_facts()
-    assert after[changed] != before[changed]
-    assert after[1 - changed] == before[1 - changed]
+def test_facts_follow_the_weights_and_not_the_place(kind: str, tmp_path: Path):
+    family = opened(kind)
+    before = family.encoder_facts()
+    texts = [*family.text_components]
+    texts += [name.replace("text_encoder", "tokenizer") for name in family.text_components]
+    for part, changed in {"vae": 0, **dict.fromkeys(texts, 1)}.items():
+        folder = tmp_path / part
+        shutil.copytree(tiny_folder(kind), folder)
+        assert open_tiny(kind, folder).encoder_facts() == before
+        file = max((folder / part).iterdir(), key=lambda path: path.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[-2] ^= 1
+        file.write_bytes(data)
+        after = open_tiny(kind, folder).encoder_facts()
+        assert after[changed] != before[changed], part
+        assert after[1 - changed] == before[1 - changed], part
+
+
+def usual(family: Family) -> dict[str, Any]:
+    """How previews of a family are drawn where a job says nothing of it."""
+    return {
+        "sampler": family.usual_sampler,
+        "process": family.process,
+        "embedded_guidance": family.usual_embedded_guidance,
+    }
+
+
+@pytest.mark.slow
+@every_kind
+def test_its_pipeline_is_that_of_diffusers_around_the_models_it_is_given(kind: str):
+    from diffusers import DiffusionPipeline
+
+    family, denoiser, encoders = opened(kind), denoiser_of(kind), texts_of(kind)
+    pipeline = family.load_pipeline(denoiser, encoders, dtype=torch.float32, device=CPU)
+    assert isinstance(pipeline, DiffusionPipeline)
+    assert type(pipeline).__module__.startswith("diffusers.")
+    told = json.loads((tiny_folder(kind) / "model_index.json").read_text())
+    assert type(pipeline).__name__ == told["_class_name"]
+    assert getattr(pipeline, family.component) is denoiser
+    assert all(getattr(pipeline, name) is encoder for name, encoder in encoders.items())
+    own = family.load_pipeline(dtype=torch.bfloat16, device=CPU)
+    for name in (family.component, "vae", *family.text_components):
+        held, original = getattr(own, name), getattr(pipeline, name).state_dict()
+        assert held is not getattr(pipeline, name)
+        assert held.state_dict().keys() == original.keys()
+        for word, weight in held.state_dict().items():
+            assert torch.equal(weight, original[word].to(weight.dtype)), f"{name}.{word}"
+        assert next(held.parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.slow
@@ -279,7 +389,9 @@ def test_a_renderer_draws_the_size_it_is_given(kind: str):
     latents = latents.view(1, family.latent_channels, side, side)
     renderer = family.load_renderer(denoiser)
     drawn = [
-        renderer.render(prompt, negative="", latents=latents, steps=2, guidance=3.0)
+        renderer.render(
+            prompt, negative="", latents=latents, steps=2, guidance=3.0, **usual(family)
+        )
         for prompt in ("a cat", "a cat", "a dog")
     ]
     assert drawn[0].shape == (2 * family.size_step, 2 * family.size_step, 3)
@@ -311,34 +423,14 @@ def test_its_text_encoders_are_frozen_and_named_as_files_name_them(kind: str):
 
 
 @every_kind
-def test_text_sites_are_layers_of_the_text_encoders(kind: str):
-    family, encoders = opened(kind), texts_of(kind)
-    few, many = (family.text_sites(encoders, layers) for layers in ("attention", "attention_mlp"))
-    assert 0 < len(few) < len(many)
-    assert [site for site in many if site in few] == few
-    for site in many:
-        layer = layer_at(encoders[site.component], site.name)
-        assert isinstance(layer, nn.Linear)
-        assert (layer.in_features, layer.out_features) == (site.inputs, site.outputs)
-    every = [*family.sites(denoiser_of(kind), "attention_mlp", convolutions=True), *many]
-    assert len({kohya_name(site.name) for site in every}) == len(every)
-
-
-@every_kind
 def test_skeletons_have_the_layers_and_no_weights(kind: str):
     family = opened(kind)
     denoiser, encoders = family.skeletons()
     for model in (denoiser, *encoders.values()):
         assert all(weight.is_meta for weight in model.parameters())
     assert encoders.keys() == texts_of(kind).keys()
-    for layers in ("attention", "attention_mlp"):
-        assert family.text_sites(encoders, layers) == family.text_sites(texts_of(kind), layers)
-        for convolutions in (False, True):
-            found, expected = (
-                family.sites(model, layers, convolutions=convolutions)
-                for model in (denoiser, denoiser_of(kind))
-            )
-            assert found == expected
+    assert family.sites(denoiser) == family.sites(denoiser_of(kind))
+    assert family.text_sites(encoders) == family.text_sites(texts_of(kind))
 
 
 @every_kind
@@ -370,10 +462,10 @@ def test_text_is_read_in_the_encoders_dtype(kind: str, dtype: torch.dtype):
 
 
 @every_kind
-def test_gradients_reach_every_layer_of_the_text_encoders(kind: str):
+def test_gradients_reach_every_layer_of_the_text_encoders_that_is_read(kind: str):
     family, encoders = opened(kind), texts_of(kind)
     network = get_network("lora")
-    sites = family.text_sites(encoders, "attention_mlp")
+    sites = linears(family.text_sites(encoders))
     adapter = fresh_adapter(
         network, network.options(rank=2), sites, seed=0, dtype=torch.float32, device=CPU
     )
@@ -384,11 +476,25 @@ def test_gradients_reach_every_layer_of_the_text_encoders(kind: str):
     torch.stack([held.square().sum() for held in conditions.values()]).sum().backward()
     for attachment in attached:
         attachment.detach()
+    unread = {site.name for site in sites if not _is_read(family, encoders, site)}
+    assert len(unread) < len(sites) / 2
     for site, held in adapter.parameters.items():
         for word, leaf in held.items():
-            assert leaf.grad is not None
-            assert leaf.grad.any(), f"{site} {word}"
+            if site not in unread:
+                assert leaf.grad is not None
+                assert leaf.grad.any(), f"{site} {word}"
     assert all(weight.grad is None for one in encoders.values() for weight in one.parameters())
+
+
+def _is_read(family: Family, encoders: Models, site: Site) -> bool:
+    """Whether the conditions are others once the layer gives nothing."""
+    layer = layer_at(encoders, site)
+    with torch.no_grad():
+        before = read(family, encoders, CAPTIONS)
+        hook = layer.register_forward_hook(lambda module, given, output: output * 0)
+        after = read(family, encoders, CAPTIONS)
+    hook.remove()
+    return any(not torch.equal(before[word], after[word]) for word in before)
 
 
 @every_kind
@@ -401,7 +507,8 @@ def test_checkpointed_blocks_keep_less_and_give_the_same_gradients(kind: str):
         if on:
             family.checkpoint_blocks(denoiser, encoders)
         network = get_network("lora")
-        sites = [*family.sites(denoiser, "attention"), *family.text_sites(encoders, "attention")]
+        sites = linears([*family.sites(denoiser), *family.text_sites(encoders)])
+        sites = [site for site in sites if site.role == "attention"]
         adapter = fresh_adapter(
             network, network.options(rank=2), sites, seed=0, dtype=torch.float32, device=CPU
         )
@@ -422,7 +529,7 @@ def test_checkpointed_blocks_keep_less_and_give_the_same_gradients(kind: str):
             conditions = read(family, encoders, ["a cat"])
             texts = sum(held)
             family.predict(
-                denoiser, noisy, torch.tensor([500]), conditions
+                denoiser, noisy, timesteps_of(family, 0.5), told(family, conditions)
             ).square().sum().backward()
         found.append((texts, adapter.gradients.clone()))
         found.append((sum(held) - texts, adapter.gradients))
@@ -444,7 +551,9 @@ def test_a_renderer_reads_prompts_with_the_text_encoders_it_is_given(kind: str):
 
     def drawn() -> list[np.ndarray]:
         return [
-            one.render("a cat", negative="", latents=latents, steps=2, guidance=3.0)
+            one.render(
+                "a cat", negative="", latents=latents, steps=2, guidance=3.0, **usual(family)
+            )
             for one in (given, own)
         ]
 

@@ -96,7 +96,8 @@ def test_parts_follow_the_job(tmp_path: Path, cache: str):
         )
     )
     parts = run.parts
-    assert (parts.seed, parts.timesteps, parts.micro_batch) == (11, (100, 1000), 3)
+    assert (parts.seed, parts.timesteps.low, parts.timesteps.high) == (11, 100, 1000)
+    assert parts.micro_batch == 3
     assert parts.mover.max_grad_norm == 0.5
     assert parts.mover.optimizer.param_groups[0]["weight_decay"] == 0.25
     assert len(parts.mover.optimizer.param_groups[0]["params"]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from small import ROOT, small_job
 
 from raylora.base.errors import JobError
-from raylora.check import arithmetic, check_job
+from raylora.check import arithmetic, base_problems, check_job
+from raylora.diffusion.process import Flow
 from raylora.job import Job, job_from
 
 HOLDOUT = str(ROOT / "jobs/quickstart/demo-data/holdout")
@@ -59,7 +61,7 @@ def test_a_missing_base_does_not_hide_what_else_is_wrong(tmp_path: Path):
         job("ftp://somewhere", data__cache=str(tmp_path), family__weights=str(tmp_path / "absent"))
     )
     assert len(found) == 2
-    assert "is not a folder. Give a folder in diffusers layout" in found[0]
+    assert "is not there. Give a folder in" in found[0]
     assert "ftp" in found[1]
 
 
@@ -128,6 +130,17 @@ def test_fp16_on_a_cpu_is_warned_about(tmp_path: Path):
             "preview.sampler: heun",
         ),
         ({"log__wandb": {}}, "log.wandb"),
+        ({"timesteps__shift": 2.0}, "timesteps.shift is 2.0: a shift is of flow models' sigmas"),
+        ({"timesteps__mean": 0.5}, "timesteps.mean is 0.5, which only logit_normal uses, and time"),
+        ({"loss__weight__name": "x0"}, "loss.weight.name is x0, a weight of flow models' sigmas"),
+        (
+            {"loss": {"name": "huber", "huber_scale": 2.0}},
+            "loss.huber_scale is 2, which the snr schedule does not use",
+        ),
+        (
+            {"preview__prompts": ["a"], "preview__embedded_guidance": 3.5},
+            "preview.embedded_guidance is 3.5, and this base is told no guidance",
+        ),
         ({"training__min_timestep": 1000}, "training.min_timestep 1000 and max_timestep 1000"),
         ({"training__max_timestep": 1001}, "training.min_timestep 0 and max_timestep 1001"),
         ({"validation__timesteps": [1000]}, "validation.timesteps [1000]: the base has"),
@@ -254,3 +267,50 @@ def test_precisions_that_a_gpu_is_for_are_not_warned_of_there(
     monkeypatch.setattr("raylora.check.pick_device", lambda job: torch.device("cuda"))
     for precision in ("fp16", "bf16"):
         assert check_job(job(tmp_path, training__precision=precision)).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [
+        ({"noise__offset": 0.1}, "noise.offset is 0.1, and sd15 is a flow model"),
+        ({"noise__multires_iterations": 4}, "noise.multires_iterations is 4, and sd15 is a flow"),
+        ({"noise__zero_terminal_snr": True}, "noise.zero_terminal_snr is true, and sd15 is a flow"),
+        ({"noise__prediction": "epsilon"}, "noise.prediction is epsilon, and sd15 is a flow model"),
+        ({"loss__weight__name": "min_snr"}, "loss.weight.name is min_snr, which weighs by the sig"),
+        ({"loss__v_pred_like": 1.0}, "loss.v_pred_like is 1.0, which is for models that predict"),
+        ({"timesteps__sigmoid_scale": 2.0}, "timesteps.sigmoid_scale is 2, which only sigmoid"),
+        ({"training__max_timestep": 1001}, "training.min_timestep 0 and max_timestep 1001"),
+        (
+            {"preview__prompts": ["a --ss ddim"]},
+            "preview.sampler: ddim is not for flow models. Choose euler or heun.",
+        ),
+        (
+            {"preview__prompts": ["a --n b"], "preview__guidance": None},
+            "preview.prompts.0 has a negative prompt, and guidance 1 does not look at it",
+        ),
+    ],
+    ids=str,
+)
+def test_what_has_no_meaning_for_a_flow_model_is_told(
+    tmp_path: Path, given: dict[str, Any], start: str
+):
+    family: Any = SimpleNamespace(
+        process=Flow(),
+        size_step=16,
+        usual_draw="logit_normal",
+        usual_shift="resolution",
+        usual_steps=28,
+        usual_guidance=1.0,
+        usual_sampler="euler",
+        usual_embedded_guidance=3.5,
+    )
+    fine = {
+        "noise__input_perturbation": 0.1,
+        "loss": {"name": "huber", "weight": {"name": "cosmap"}},
+        "timesteps": {"mean": 0.5, "shift": 2.0},
+        "training__min_timestep": 200,
+        "preview__prompts": ["a --ss heun --g 2"],
+    }
+    assert base_problems(job(tmp_path, **fine), family) == []
+    (found,) = base_problems(job(tmp_path, **given), family)
+    assert found.startswith(start)

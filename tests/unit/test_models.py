@@ -14,7 +14,7 @@ from raylora.adapt.dropout import Dropout
 from raylora.base.errors import WeightsError
 from raylora.base.site import Site
 from raylora.job import Job
-from raylora.models import Adapted, load_adapted, open_family
+from raylora.models import Adapted, files_fit, load_adapted, open_family
 
 CPU = torch.device("cpu")
 VAE = ROOT / "jobs/quickstart/tiny-sd/vae"
@@ -107,5 +107,47 @@ def test_another_vae_may_be_any_address_and_is_named_where_it_is_absent(tmp_path
         open_family(job(family__vae=vae)).encoder_facts() for vae in (None, f"file://{folder}")
     )
     assert plain == other, "the same files, wherever they lie"
-    with pytest.raises(WeightsError, match=r"family\.vae: .*nowhere is not a folder"):
+    with pytest.raises(WeightsError, match=r"family\.vae: .*nowhere is not there"):
         open_family(job(family__vae=str(tmp_path / "nowhere")))
+
+
+def test_what_is_not_trained_is_no_part_of_the_groups():
+    models = loaded(network__freeze_down=True)
+    adapter = models.adapter
+    assert {word for group in models.groups for _, word in group.members} == {"up"}
+    assert len(adapter.constants) == sum(
+        held["down"].numel() for held in adapter.parameters.values()
+    )
+    assert not adapter.constants.requires_grad
+
+
+def test_pissa_starts_from_the_bases_own_weights():
+    models = loaded(network__start="pissa", network__rank=2)
+    site = models.adapter.sites[0]
+    layer = models.denoiser.get_submodule(site.name.removeprefix("unet."))
+    held = models.adapter.parameters[site.name]
+    best = (held["up"] @ held["down"]).detach().double()
+    u, s, v = torch.linalg.svd(layer.weight.double().flatten(1))
+    # rank 2 of the whole decomposition; the adapter's numbers have 24 bits
+    expected = (u[:, :2] * s[:2]) @ v[:2]
+    torch.testing.assert_close(best, expected, rtol=0, atol=1e-4)
+
+
+def test_dylora_draws_its_slices_and_needs_no_dropout_for_it():
+    adapter = loaded(network={"kind": "dylora", "rank": 8, "unit": 4}).adapter
+    assert adapter.dropout is not None
+    assert adapter.dropout.part(adapter.sites[0]) is None
+    with adapter.dropping(0, [1, 2, 3]):
+        part = adapter.dropout.part(adapter.sites[0])
+        assert part is not None
+        first, unit = part(8, torch.ones(3, 1))
+    assert unit == 4
+    assert set(first.tolist()) <= {0, 4}
+
+
+def test_a_check_asks_for_no_weights(monkeypatch: pytest.MonkeyPatch):
+    made = job(network__start="pissa", network__train="both")
+    family = open_family(made)
+    monkeypatch.setattr(type(family), "load_denoiser", None)
+    monkeypatch.setattr(type(family), "load_text_encoders", None)
+    files_fit(made, family)

@@ -29,6 +29,10 @@ class Toy(nn.Module):
         return self.inner["second"](self.first(x))
 
 
+def no_weight() -> np.ndarray:
+    raise AssertionError("plain LoRA does not ask for it")
+
+
 def adapter(seed: int = 0, sites: list[Site] = SITES) -> Adapter:
     made = fresh_adapter(network, OPTIONS, sites, seed=seed, dtype=torch.float64, device=CPU)
     with torch.no_grad():
@@ -125,7 +129,8 @@ def test_exported_tensors_are_detached_and_of_this_moment():
 def test_groups_are_pieces_of_the_buffer_in_the_order_that_was_asked():
     first, second = (site.name for site in SITES)
     initial = {
-        site.name: network.initial(OPTIONS, site, lambda shape: np.ones(shape)) for site in SITES
+        site.name: network.initial(OPTIONS, site, lambda shape: np.ones(shape), no_weight)
+        for site in SITES
     }
     halves = [[(second, "up"), (first, "up")], [(first, "down"), (second, "down")]]
     made = Adapter(
@@ -185,3 +190,51 @@ def test_an_attachment_takes_the_layers_of_its_model_alone(x: Tensor):
     first(x).sum().backward()
     assert made.parameters["toy.first"]["up"].grad.any()  # type: ignore[union-attr]
     assert not made.parameters["encoder.first"]["up"].grad.any()  # type: ignore[union-attr]
+
+
+def test_constants_have_a_buffer_of_their_own_and_no_gradient(x: Tensor):
+    initial = {
+        site.name: network.initial(OPTIONS, site, lambda shape: np.ones(shape), no_weight)
+        for site in SITES
+    }
+    frozen = {site.name: frozenset({"down"}) for site in SITES}
+    made = Adapter(
+        network,
+        SITES,
+        initial,
+        {site.name: 1.0 for site in SITES},
+        dtype=torch.float64,
+        device=CPU,
+        constants=frozen,
+    )
+    assert (len(made.values), len(made.constants)) == (3 * 2 + 2 * 2, 2 * 4 + 2 * 3)
+    assert not made.constants.requires_grad
+    made.constants.fill_(7.0)
+    for site in SITES:
+        assert (made.parameters[site.name]["down"] == 7).all()
+        assert made.parameters[site.name]["down"].grad is None
+    assert all(leaf.requires_grad for leaf in made.leaves(0))
+    assert len(made.leaves(0)) == 2
+    Attachment(model := Toy(), "toy", made)
+    model(x).sum().backward()
+    assert made.gradients.any()
+    assert (made.constants == 7).all()
+
+
+def test_a_norm_is_routed_as_any_layer_of_one_tensor():
+    site = Site("toy.norm", "norm", 4, 4, role="norm")
+    model = nn.ModuleDict({"norm": nn.LayerNorm(4)})
+    seen = []
+
+    class Looks:
+        sites = [site]  # noqa: RUF012
+
+        def adapted(self, at: Site, layer: nn.Module, x: Tensor, base_output: Tensor) -> Tensor:
+            seen.append((at, layer))
+            return 2 * base_output
+
+    x = torch.randn(2, 4)
+    before = model["norm"](x)
+    Attachment(model, "toy", Looks())
+    assert torch.equal(model["norm"](x), 2 * before)
+    assert seen == [(site, model["norm"])]

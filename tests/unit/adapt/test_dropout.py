@@ -13,7 +13,7 @@ from raylora.adapt.attach import Adapter, Attachment
 from raylora.adapt.dropout import Dropout
 from raylora.base.seeds import sample_number
 from raylora.base.site import Site
-from raylora.networks import get_network
+from raylora.networks import Call, get_network
 from raylora.networks.lora import LoraOptions, forward
 
 LINEAR = Site("unet.q", "linear", 6, 5)
@@ -128,7 +128,8 @@ def test_the_adapted_output_is_base_plus_scaled_up_of_the_gated_down(site: Site)
         assert gate is not None
         hidden = gate(torch.nn.functional.conv2d(x, held["down"], padding=1))
         expected = base + 0.5 * torch.einsum("or,brhw->bohw", held["up"], hidden)
-    assert_close(forward(held, x, base, 0.5, site, gate), expected, rtol=0, atol=1e-12)
+    call = Call(x, base, 0.5, 1.0, site, torch.nn.Identity(), gate)
+    assert_close(forward(held, call), expected, rtol=0, atol=1e-12)
 
 
 def test_dropout_is_only_on_within_dropping():

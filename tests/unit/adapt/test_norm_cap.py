@@ -84,3 +84,24 @@ def test_it_reaches_the_flat_buffer_and_a_second_time_changes_nothing():
     values = held.values.detach().clone()
     cap.apply()
     torch.testing.assert_close(held.values.detach(), values, rtol=1e-14, atol=0)
+
+
+def test_a_frozen_half_stays_and_the_other_takes_all():
+    network = get_network("lora")
+    initial = {"unet.q": {"down": np.ones((3, 7)), "up": np.ones((5, 3))}}
+    held = Adapter(
+        network,
+        SITES[:1],
+        initial,
+        {"unet.q": 0.5},
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+        constants={"unet.q": frozenset({"down"})},
+    )
+    told = NormCap(held, 2.0).apply()
+    # every number of up down is 3: ΔW measures 0.5 * 3 * sqrt(35)
+    factor = 2.0 / (0.5 * 3 * 35**0.5)
+    assert (held.parameters["unet.q"]["down"] == 1).all()
+    expected = torch.full((5, 3), factor).double()
+    torch.testing.assert_close(held.parameters["unet.q"]["up"].detach(), expected)
+    assert float(told["largest_norm"]) == pytest.approx(2.0)

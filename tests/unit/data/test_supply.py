@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +23,14 @@ from datafolders import (
     small_sets,
 )
 from numpy.typing import NDArray
+from PIL import Image
 
 from raylora.base.errors import DataError
-from raylora.base.storage import Storage
+from raylora.base.storage import Storage, open_storage
 from raylora.data.cache.recipe import text_key
 from raylora.data.dataset import Dataset
 from raylora.data.steps import StepPlan
-from raylora.data.supply import Supply, measured_tensors
+from raylora.data.supply import Extras, Supply, measured_tensors
 from raylora.data.variants import Chooser
 
 DRAWN: dict[str, Any] = {"random_crop": True, "flip_aug": True, "shuffle_caption": True}
@@ -180,6 +182,92 @@ def test_each_variant_is_shown_once_in_as_many_epochs(tmp_path: Path, cache_url:
     assert set(first.values()) == {1}
     assert len(first) == 12
     assert first == second
+
+
+# -- what a family wants beside
+
+
+def ramp(width: int, height: int) -> bytes:
+    """A picture whose red tells the column and whose green tells the row."""
+    red, green = np.meshgrid(np.arange(width), np.arange(height))
+    pixels = np.stack([red, green, np.zeros_like(red)], axis=-1).astype(np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def edges(latents: NDArray[Any], width: int) -> tuple[int, int, bool]:
+    """(top, left, mirrored) of what is shown of a `ramp`, by its colours; in the mirror where it is
+    mirrored."""
+    red, green = ((latents[i] + 1) / 2 * 255 for i in (0, 1))  # means of 8 columns and rows
+    mirrored = bool(red[0, 0] > red[0, -1])
+    first = red[0, 0]
+    left = width - 1 - (first + 3.5) if mirrored else first - 3.5
+    return round(float(green[0, 0] - 3.5)), round(float(left)), mirrored
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["cached", "live"])
+@pytest.mark.parametrize("drawn", [{}, {"random_crop": True, "flip_aug": True}], ids=str)
+def test_the_geometry_is_that_of_the_picture_that_is_shown(
+    tmp_path: Path, cache_url: str, live: bool, drawn: dict[str, Any]
+):
+    folder = open_storage(str(tmp_path / "images"))
+    sizes = {"wide.png": (140, 96), "tall.png": (96, 150)}
+    for key, size in sizes.items():
+        folder.write(key, ramp(*size))
+        folder.write(f"{key[:-4]}.txt", b"a ramp")
+    words = {"enable_bucket": False, "resolution": 96, **({"cache": "none"} if live else {})}
+    data, encoder = small_options(folder, **words, **drawn), NumpyEncoder()
+    dataset = build(data, cache_url, encoder)
+    plan = StepPlan(dataset.rows, 4, 0)
+    chooser = Chooser(dataset.facts.sets, seed=0, total_steps=100)
+    supply = Supply(dataset, plan, chooser, encoder, extras=Extras(geometry=True))
+    seen = set()
+    for step in range(16):
+        samples = plan.samples(step)
+        for sample, one in zip(samples, supply.fetch(samples, step), strict=True):
+            width, height = sizes[dataset.rows[sample.row].key]
+            top, left, mirrored = edges(one["latents"], width)
+            assert one["geometry"].dtype == np.float32
+            assert one["geometry"].tolist() == [height, width, top, left, 96, 96]
+            seen.add((width, top, left, mirrored))
+            assert "dropped" not in one
+    assert len(seen) > 6 if drawn else seen == {(140, 0, 22, False), (96, 27, 0, False)}
+    if live:
+        return
+    rows = dataset.rows
+    for row, one in zip(
+        rows, measured_tensors(dataset, rows, extras=Extras(geometry=True)), strict=True
+    ):
+        top, left, _ = edges(one["latents"], row.original_size[0])
+        assert one["geometry"].tolist() == [*row.original_size[::-1], top, left, 96, 96]
+
+
+def test_encoders_are_dropped_each_at_its_rate_by_step_and_sample(tmp_path: Path, cache_url: str):
+    folder = fill_folder(tmp_path / "images", 8)
+    dataset = build(small_options(folder), cache_url, NumpyEncoder())
+    plan = StepPlan(dataset.rows, 8, 0)
+    chooser = Chooser(dataset.facts.sets, seed=3, total_steps=100)
+
+    def dropped(*rates: float) -> NDArray[Any]:
+        supply = Supply(dataset, plan, chooser, None, extras=Extras(encoder_dropout=rates))
+        steps = [supply.fetch(plan.samples(step), step) for step in range(60)]
+        return np.array([one["dropped"] for step in steps for one in step])
+
+    found = dropped(0.2, 0.0, 0.6)
+    assert found.dtype == np.float32
+    assert found.shape == (480, 3)
+    assert set(np.unique(found)) == {0.0, 1.0}
+    # 480 draws: means within 5 deviations
+    assert abs(found.mean(0) - [0.2, 0, 0.6]).max() < 5 * np.sqrt(0.25 / 480)
+    assert abs(np.corrcoef(found[:, 0], found[:, 2])[0, 1]) < 5 / np.sqrt(480)
+    assert np.array_equal(found, dropped(0.2, 0.0, 0.6))
+    more = dropped(0.3, 0.0, 0.6)
+    assert (more >= found).all(), "a higher rate drops these and more"
+    supply = Supply(dataset, plan, chooser, None, extras=Extras(encoder_dropout=(0.0, 0.0)))
+    assert "dropped" not in supply.fetch(plan.samples(0), 0)[0]
+    held = measured_tensors(dataset, dataset.rows, extras=Extras(encoder_dropout=(0.9, 0.9)))
+    assert {tuple(one["dropped"].tolist()) for one in held} == {(0.0, 0.0)}
 
 
 # -- what goes wrong

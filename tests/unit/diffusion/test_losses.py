@@ -28,7 +28,7 @@ from raylora.diffusion.losses import (
     smooth_l1,
     timestep_weights,
 )
-from raylora.diffusion.process import Process
+from raylora.diffusion.process import Flow, Process
 from raylora.diffusion.schedules import alphas_cumprod, rescaled_zero_terminal
 
 GOLDEN: dict[str, Any] = json.loads(
@@ -320,8 +320,12 @@ def test_words_of_huber_are_refused_where_they_have_no_effect(name: str, word: s
 
 
 def test_the_snr_schedule_takes_no_scale():
-    found = problem_of(name="huber", huber_scale=2.0)
+    found = problem_of(name="huber", huber_scale=2.0, huber_schedule="snr")
     assert found.startswith("loss.huber_scale is 2, which the snr schedule does not use.")
+    # Not said, it is the usual one of the base.
+    unsaid = options(name="huber", huber_scale=2.0)
+    assert loss_problems(unsaid, sd15("epsilon")) == [found]
+    assert loss_problems(unsaid, Flow()) == []
     assert options(name="huber", huber_scale=2.0, huber_schedule="constant").huber_scale == 2
     assert "greater than 0" in problem_of(name="huber", huber_c=0.0)
 

@@ -19,13 +19,13 @@ from raylora.base.seeds import draw_generator, draw_normal, sample_number, unifo
 from raylora.diffusion.noise import (
     NoiseOptions,
     draw_noise,
-    draw_timesteps,
     make_noise,
     noise_problems,
     trained_process,
 )
 from raylora.diffusion.process import Process
 from raylora.diffusion.schedules import alphas_cumprod, rescaled_zero_terminal
+from raylora.diffusion.timesteps import draw_timesteps
 
 GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "golden" / "losses.json").read_text()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from typing import Any, get_args
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from small import ROOT
+from torch.testing import assert_close
 
-from raylora.diffusion.process import Process
+from raylora.diffusion.process import Flow, Process
 from raylora.diffusion.samplers import (
     DrawNoise,
     Sampler,
@@ -145,8 +149,9 @@ def test_the_multistep_weights_are_the_integrals_of_lagrange_polynomials(order: 
 
 
 def test_samplers_that_cannot_start_from_pure_noise_are_named_once_with_those_that_can():
-    assert sampler_problems(NAMES, pure_noise=False) == []
-    told = sampler_problems([*NAMES, "heun"], pure_noise=True)
+    assert sampler_problems(NAMES, Process("v_prediction", ALPHAS)) == []
+    rescaled = Process("v_prediction", rescaled_zero_terminal(ALPHAS))
+    told = sampler_problems([*NAMES, "heun"], rescaled)
     assert {problem.partition(" ")[0] for problem in told} == set(NAMES) - set(FROM_PURE_NOISE)
     assert len(told) == len(NAMES) - len(FROM_PURE_NOISE)
     assert "Choose one of ddim, euler, euler_a," in told[0]
@@ -155,3 +160,96 @@ def test_samplers_that_cannot_start_from_pure_noise_are_named_once_with_those_th
 def test_a_schedule_without_any_signal_at_its_end_is_told_from_others():
     assert not starts_from_pure_noise(Process("v_prediction", ALPHAS))
     assert starts_from_pure_noise(Process("v_prediction", rescaled_zero_terminal(ALPHAS)))
+    assert starts_from_pure_noise(Flow())
+
+
+# -- flow models
+
+SD3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+FLUX_DEV = {
+    **SD3,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+
+
+def sample_flow(name: Sampler, spread: float, steps: int, **words: Any) -> torch.Tensor:
+    """Sampling with the exact slopes of data that are N(0.7, spread^2), each number by itself."""
+    scheduler = make_sampler(name, words.pop("config", SD3), process=Flow())
+    scheduler.set_timesteps(steps, **words)
+    latents = drawn(7)(0)
+    for t in scheduler.timesteps:
+        sigma = float(t) / 1000
+        variance = (1 - sigma) ** 2 * spread**2 + sigma**2
+        clean = 0.7 + (1 - sigma) * spread**2 / variance * (latents - (1 - sigma) * 0.7)
+        slope = (latents - clean) / sigma
+        latents = scheduler.step(slope, t, latents, return_dict=False)[0]
+    found: torch.Tensor = latents
+    return found
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_a_flow_ends_where_its_slopes_lead(name: Sampler):
+    found = sample_flow(name, spread=0.0, steps=4)
+    assert_close(found, torch.full(SHAPE, 0.7), rtol=0, atol=1e-5)
+    # The flow keeps each number's place within the spread: noise n becomes 0.7 + spread n.
+    exact, noise = sample_flow(name, spread=0.5, steps=200), drawn(7)(0)
+    atol = {"euler": 0.05, "heun": 0.005}[name]  # of first and second order in 200 steps
+    assert_close(exact, 0.7 + 0.5 * noise, rtol=0, atol=atol)
+
+
+def test_heun_is_nearer_to_the_flow_than_euler_in_as_many_steps():
+    exact = 0.7 + 0.5 * drawn(7)(0)
+    euler, heun = (
+        float((sample_flow(name, spread=0.5, steps=20) - exact).abs().max())
+        for name in ("euler", "heun")
+    )
+    assert heun < euler / 3
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (SD3, {}),
+        (FLUX_DEV, {"mu": 0.8, "sigmas": [1.0, 0.75, 0.5, 0.25]}),
+        ({**FLUX_DEV, "use_dynamic_shifting": False, "shift": 1.0}, {"sigmas": [1.0, 0.5]}),
+    ],
+)
+def test_heun_takes_eulers_sigmas_each_but_the_first_twice(
+    config: dict[str, Any], words: dict[str, Any]
+):
+    steps = len(words["sigmas"]) if "sigmas" in words else 5
+    given = words if "sigmas" in words else {"num_inference_steps": 5}
+    plain = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    plain.set_timesteps(**given)
+    euler, heun = (make_sampler(name, config, process=Flow()) for name in ("euler", "heun"))
+    euler.set_timesteps(**given)
+    heun.set_timesteps(**given)
+    assert torch.equal(euler.sigmas, plain.sigmas)
+    sigmas = plain.sigmas.tolist()
+    twice = [sigmas[0], *(s for sigma in sigmas[1:-1] for s in (sigma, sigma)), 0.0]
+    assert heun.sigmas.tolist() == twice
+    assert len(heun.timesteps) == 2 * steps - 1
+    assert_close(heun.timesteps, heun.sigmas[:-1] * 1000)
+    if "mu" in words:
+        k = math.exp(words["mu"])
+        wanted = [k * s / (1 + (k - 1) * s) for s in words["sigmas"]]
+        assert sigmas[:-1] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_pipelines_may_hand_their_sigmas_to_either_and_read_the_bases_shifts():
+    for name in ("euler", "heun"):
+        scheduler = make_sampler(name, FLUX_DEV, process=Flow())
+        assert {"sigmas", "mu"} <= set(inspect.signature(scheduler.set_timesteps).parameters)
+        assert scheduler.config.get("max_shift") == 1.15
+        assert scheduler.config.get("use_dynamic_shifting")
+
+
+def test_samplers_that_are_not_for_flow_models_are_named_with_those_that_are():
+    assert sampler_problems(["euler", "heun"], Flow()) == []
+    told = sampler_problems([*NAMES, "ddim"], Flow())
+    assert len(told) == len(NAMES) - 2
+    assert told[0] == "ddim is not for flow models. Choose euler or heun."

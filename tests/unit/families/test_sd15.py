@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from functools import cache
@@ -17,17 +16,27 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from raylora.adapt.keys import kohya_name
 from raylora.base.errors import WeightsError
+from raylora.base.site import Site
 from raylora.families.sd15 import Sd15, Sd15Options
-from raylora.networks.locon import LoconOptions
+from raylora.weights.base import open_base
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CPU = torch.device("cpu")
 
 
 def opened(folder: Path = TINY_BASE, **words: Any) -> Sd15:
-    return Sd15(folder, Sd15Options(weights=str(folder), **words))
+    options = Sd15Options(weights=str(folder), **words)
+    parts = {**options.parts, **({"vae": options.vae} if options.vae else {})}
+    return Sd15(open_base(str(folder), kind="sd15", parts=parts), options)
+
+
+USUAL = ("attention", "mlp", "projection")
+"""What sd-scripts trains without convolutions."""
+
+
+def with_roles(sites: list[Site], *roles: str) -> list[Site]:
+    return [site for site in sites if site.role in roles]
 
 
 @pytest.fixture
@@ -57,6 +66,7 @@ def test_facts_of_the_tiny_base():
         ("unet/config.json", {"_class_name": "FluxTransformer2DModel"}, "sd15 needs a UNet2DCond"),
         ("vae/config.json", {"_class_name": "AutoencoderDC"}, "sd15 needs a AutoencoderKL"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "this is not Stable Diffusion"),
+        ("unet/config.json", {"use_linear_projection": True}, "Set family.kind to sd2"),
         (
             "scheduler/scheduler_config.json",
             {"prediction_type": "sample"},
@@ -93,6 +103,13 @@ def test_settings_of_text_have_bounds(words: dict[str, int]):
         Sd15Options(weights="x", **words)
 
 
+def test_one_vae_is_named():
+    assert Sd15Options(weights="x", vae="a").vae == "a"
+    assert Sd15Options(weights="x", parts={"vae": "b"}).parts == {"vae": "b"}
+    with pytest.raises(ValidationError, match=r"family.vae and family.parts.vae: give one"):
+        Sd15Options(weights="x", vae="a", parts={"vae": "b"})
+
+
 def test_each_setting_of_text_names_another_cache_of_texts_alone():
     settings: list[dict[str, Any]] = [
         {}, {"clip_skip": 2}, {"max_tokens": 150}, {"max_tokens": 225}, {"weighted_captions": True},
@@ -110,56 +127,38 @@ def test_weights_in_a_caption_are_counted_as_tokens_only_when_they_are_text():
     assert weighted[0] == weighted[1] == plain[1] < plain[0]
 
 
-@pytest.mark.slow
-def test_pickled_weights_are_not_read(base: Path):
-    (base / "unet/diffusion_pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(WeightsError, match=r"Pickle weights \(.bin, .ckpt\) are not read"):
-        opened(base).load_denoiser(dtype=torch.float32, device=CPU)
-
-
 @pytest.mark.parametrize(
     ("network", "unet", "text"),
     list(zip(SD15_MODULES, (192, 278), (72, 72), strict=True)),
 )
 def test_all_layers_are_those_of_sd_scripts(network: str, unet: int, text: int):
     """UNet and text encoder of SD 1.5 in full size: names, and the shapes that a file gets."""
-    models = sd15_components()
-    sites = opened().sites(models["unet"], "attention_mlp", convolutions=unet > 192)
+    models, family = sd15_components(), opened()
+    roles = (*USUAL, "residual") if unet > 192 else USUAL
+    sites = with_roles(family.sites(models["unet"]), *roles)
     assert len(sites) == unet
-    texts = opened().text_sites(models, "attention_mlp")
+    texts = with_roles(family.text_sites(models), *USUAL)
     assert len(texts) == text
-    options = LoconOptions(rank=4, alpha=2.0, conv_rank=4, conv_alpha=2.0)
-    theirs = SD15_MODULES[network]
-    assert {kohya_name(site.name) for site in [*sites, *texts]} == set(theirs)
-    for site in [*sites, *texts]:
-        kernel = site.kernel if site.kind == "conv" else ()
-        rank = options.rank_at(site)
-        found = [
-            [rank, site.inputs, *kernel],
-            [site.outputs, rank, *(1 for _ in kernel)],
-            options.scale_at(site) * rank,
-        ]
-        assert found == theirs[kohya_name(site.name)], site.name
-
-
-def test_a_library_that_builds_other_layers_is_noticed(monkeypatch: pytest.MonkeyPatch):
-    family, models = opened(), sd15_components()
-    monkeypatch.setattr("diffusers.models.resnet.ResnetBlock2D", type("Renamed", (), {}))
-    with pytest.raises(WeightsError, match="has 198 layers to train, and its config means 278"):
-        family.sites(models["unet"], "attention_mlp", convolutions=True)
-    assert len(family.sites(models["unet"], "attention")) == 128
-    shallow = copy.copy(models["text_encoder"])
-    shallow.config = copy.copy(shallow.config)
-    shallow.config.num_hidden_layers = 13
-    with pytest.raises(WeightsError, match="has 48 layers to train, and its config means 52"):
-        family.text_sites({"text_encoder": shallow}, "attention")
+    theirs = {
+        name: ([shapes[0][1], *shapes[0][2:]], [shapes[1][0]])
+        for name, shapes in SD15_MODULES[network].items()
+    }
+    ours = {
+        family.place(site.name).kohya: (
+            [site.inputs, *(site.kernel if site.kind == "conv" else ())],
+            [site.outputs],
+        )
+        for site in [*sites, *texts]
+    }
+    assert ours == theirs
 
 
 def test_a_layers_block_is_that_of_sd_scripts():
     recorded = json.loads((GOLDEN / "param_groups.json").read_text())
     theirs = recorded["block_index"]
-    sites = opened().sites(sd15_components()["unet"], "attention_mlp", convolutions=True)
-    ours = {kohya_name(site.name): site.block for site in sites}
+    family = opened()
+    sites = with_roles(family.sites(sd15_components()["unet"]), *USUAL, "residual")
+    ours = {family.place(site.name).kohya: site.block for site in sites}
     assert {name: ours[name] for name in theirs} == theirs
     # the table leaves out the 3x3 convolutions, whose place follows from their neighbours'
     assert ours["lora_unet_down_blocks_1_downsamplers_0_conv"] == 6
@@ -187,11 +186,9 @@ def test_skeletons_have_the_layers_of_what_is_loaded():
     loaded = family.load_denoiser(dtype=torch.float32, device=CPU)
     texts = family.load_text_encoders(dtype=torch.float32, device=CPU)
     assert all(weight.is_meta for weight in denoiser.parameters())
-    assert family.sites(denoiser, "attention_mlp", convolutions=True) == family.sites(
-        loaded, "attention_mlp", convolutions=True
-    )
-    assert family.text_sites(encoders, "attention") == family.text_sites(texts, "attention")
-    assert family.text_sites(encoders, "attention") != []
+    assert family.sites(denoiser) == family.sites(loaded)
+    assert family.text_sites(encoders) == family.text_sites(texts)
+    assert family.text_sites(encoders) != []
 
 
 def test_another_vae_names_other_latents_and_the_same_texts(tmp_path: Path):
@@ -219,32 +216,19 @@ def test_another_vae_names_other_latents_and_the_same_texts(tmp_path: Path):
     assert_close(latents_again, 2 * found[1]["latents"], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("layers", "rule"), [("attention_mlp", ""), ("attention", "_attn")])
-def test_the_text_encoders_layers_are_those_of_sd_scripts(layers: str, rule: str):
-    sites = opened().text_sites(sd15_components(), layers)
+@pytest.mark.parametrize(
+    ("component", "prefix"), [("unet", "lora_unet_"), ("text_encoder", "lora_te_")]
+)
+def test_what_is_attention_are_the_layers_that_sd_scripts_names_so(component: str, prefix: str):
+    family, models = opened(), sd15_components()
+    every = [*family.sites(models["unet"]), *family.text_sites(models)]
+    sites = [site for site in with_roles(every, "attention") if site.component == component]
     theirs = {
         name
         for name in next(iter(SD15_MODULES.values()))
-        if name.startswith("lora_te_") and rule in name
+        if name.startswith(prefix) and "_attn" in name
     }
-    assert {kohya_name(site.name) for site in sites} == theirs
-
-
-@pytest.mark.parametrize(("layers", "rule"), [("attention_mlp", ""), ("attention", "_attn")])
-def test_layers_are_those_of_sd_scripts(layers: str, rule: str):
-    """On the UNet of SD 1.5 in full size, without memory for its weights."""
-    unet = sd15_components()["unet"]
-    sites = opened().sites(unet, layers)
-    theirs = {
-        name: (down, up)
-        for name, (down, up, _) in next(iter(SD15_MODULES.values())).items()
-        if name.startswith("lora_unet_") and rule in name
-    }
-    assert {kohya_name(site.name) for site in sites} == set(theirs)
-    for site in sites:
-        down, up = theirs[kohya_name(site.name)]
-        assert (site.inputs, site.outputs) == (down[1], up[0])
-        assert (site.kind == "conv") == (len(down) == 4)
+    assert {family.place(site.name).kohya for site in sites} == theirs
 
 
 @pytest.mark.slow
@@ -402,19 +386,13 @@ def test_the_renderer_is_the_diffusers_pipeline():
     assert abs(ours.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
 
 
-def test_a_vae_that_is_none_is_told_by_its_own_option(tmp_path: Path):
-    with pytest.raises(WeightsError, match=r"config.json is missing. family.vae must be a VAE's"):
-        opened(vae=str(tmp_path))
-
-
 @pytest.mark.parametrize(("part", "word"), [("vae", 0), ("text_encoder", 1)])
 def test_a_config_that_changes_the_encoder_changes_its_name(tmp_path: Path, part: str, word: int):
     base = tmp_path / "base"
     shutil.copytree(Path(__file__).parents[3] / "jobs/quickstart/tiny-sd", base)
-    options = Sd15Options(weights=str(base))
-    before = Sd15(base, options).encoder_facts()
+    before = opened(base).encoder_facts()
     file = base / part / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_act": "other"}))
-    after = Sd15(base, options).encoder_facts()
+    after = opened(base).encoder_facts()
     assert after[word] != before[word]
     assert after[1 - word] == before[1 - word]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,18 @@ from torch import nn
 
 from raylora.base.errors import OptionError
 from raylora.base.site import Site
+from raylora.optim import groups as optim_groups
 from raylora.optim.block_rates import BlockRates, block_weights
-from raylora.optim.groups import (
-    Group,
-    leave_out,
-    make_groups,
-    rates_at,
-    text_stop_step,
-    trained_sites,
-)
+from raylora.optim.groups import Group, leave_out, rates_at, text_stop_step
 from raylora.optim.optimizers import OptimizerOptions, make_optimizer
 from raylora.optim.schedules import ScheduleOptions, make_schedule
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "param_groups.json").read_text())
 CASES: list[dict[str, Any]] = GOLDEN["cases"]
-BLOCKS = {"sd15": ((12, 1, 12), False), "sdxl": ((9, 3, 9), True)}
+SD1 = (12, 1, 12)
+BLOCKS = {"sd15": (SD1, False), "sdxl": ((9, 3, 9), True)}
+trained_sites = partial(optim_groups.trained_sites, counts=SD1)
+make_groups = partial(optim_groups.make_groups, counts=SD1, fast=("up",))
 
 
 def sd15_block(module: str) -> int:
@@ -99,8 +97,8 @@ def test_the_groups_are_those_of_sd_scripts(case: dict[str, Any]):
     if case["block_lr_weight"] is not None:
         ours = block_weights(options.block_rates, counts, ends=ends)
         assert ours == pytest.approx(case["block_lr_weight"], rel=1e-12, abs=0)
-    sites = trained_sites(options, sites_of(case), counts, ends=ends)
-    groups = make_groups(options, sites, both, 4, counts, ends=ends)
+    sites = trained_sites(options, sites_of(case), counts=counts, ends=ends)
+    groups = make_groups(options, sites, both, 4, counts=counts, ends=ends)
     assert [group.name for group in groups] == [one["description"] for one in case["groups"]]
     for group, one in zip(groups, case["groups"], strict=True):
         assert group.rate == pytest.approx(one["lr"], rel=1e-9)
@@ -172,11 +170,118 @@ def test_lora_plus_moves_up_by_the_ratio_faster():
     assert held["unet.a", "up"].detach().numpy() == pytest.approx(-1.6e-2 * sign, rel=1e-9)
 
 
-def test_a_network_without_up_cannot_have_lora_plus():
-    with pytest.raises(OptionError, match="moves `up` faster, and this network has no"):
-        make_groups(
-            OptimizerOptions(lora_plus_ratio=4), [site("unet.a", 1)], lambda site: ("w1", "w2"), 1
-        )
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(("w1", "w2"), "this network has no such halves"), (("up",), "`down` is frozen")],
+)
+def test_lora_plus_needs_a_fast_and_a_slow_half(words: tuple[str, ...], told: str):
+    with pytest.raises(OptionError, match=told):
+        make_groups(OptimizerOptions(lora_plus_ratio=4), [site("unet.a", 1)], lambda site: words, 1)
+
+
+def test_the_network_says_what_lora_plus_moves_faster():
+    (slow, fast) = make_groups(
+        OptimizerOptions(lora_plus_ratio=4),
+        [site("unet.a", 1)],
+        lambda site: ("a1", "b1", "b2"),
+        1,
+        fast=("b1", "b2"),
+    )
+    assert (slow.members, slow.rate) == ((("unet.a", "a1"),), 1e-4)
+    assert [word for _, word in fast.members] == ["b1", "b2"]
+    assert fast.rate == pytest.approx(4e-4, rel=1e-12)
+
+
+ENCODERS = [site(f"text_encoder{number}.a") for number in ("", "_2", "_3")]
+
+
+def test_each_text_encoder_has_its_own_rate():
+    """With --text_encoder_lr as a list, sd-scripts calls them textencoder 1, 2, ..."""
+    options = OptimizerOptions(text_encoder_rate=[5e-5, -1e-5, 2e-5], lora_plus_ratio=16)
+    groups = make_groups(options, [*ENCODERS, site("unet.a", 1)], both, 1)
+    told = [(g.name, g.part == "text_encoder", round(g.rate, 9), g.sign) for g in groups]
+    assert told == [
+        ("textencoder 1", True, 5e-5, 1),
+        ("textencoder 1 plus", True, 8e-4, 1),
+        ("textencoder 2", True, 1e-5, -1),
+        ("textencoder 2 plus", True, 1.6e-4, -1),
+        ("textencoder 3", True, 2e-5, 1),
+        ("textencoder 3 plus", True, 3.2e-4, 1),
+        ("unet", False, 1e-4, 1),
+        ("unet plus", False, 1.6e-3, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rates", "sites", "left"),
+    [
+        ([1e-5, 0, 0], ENCODERS[:1], 1),
+        ([0, 1e-5], [ENCODERS[1]], 1),
+        ([1e-5, 0, 1e-5], ENCODERS, 2),
+        ([1e-5], ENCODERS, 3),
+    ],
+)
+def test_text_encoders_of_rate_0_get_no_adapter(rates: list[float], sites: list[Site], left: int):
+    assert len(trained_sites(OptimizerOptions(text_encoder_rate=rates), sites)) == left
+
+
+@pytest.mark.parametrize(
+    ("rates", "sites", "told"),
+    [
+        ([1e-5, 1e-5], ENCODERS, "has 2 numbers, and text_encoder_3 is trained too"),
+        ([1e-5, 2e-5], ENCODERS[:1], "has 2e-05 for text encoder 2, which carries no adapter"),
+        ([1e-5, 2e-5], [ENCODERS[1]], "has 1e-05 for text encoder 1, which carries no adapter"),
+    ],
+)
+def test_rates_that_fit_other_text_encoders_are_refused(
+    rates: list[float], sites: list[Site], told: str
+):
+    with pytest.raises(OptionError, match=told):
+        trained_sites(OptimizerOptions(text_encoder_rate=rates), sites)
+
+
+def test_layers_have_the_factor_of_the_first_glob_that_fits():
+    """Products in float64: 1e-4 * 0.5 (block) * 3 = 1.5e-4, times 4 = 6e-4 with LoRA+."""
+    options = OptimizerOptions(
+        rates={"*.attn2.to_k": 0, "*.attn2.*": 3, "mlp": 0.25},
+        block_rates={"down": [0, 0.5]},
+        lora_plus_ratio=4,
+    )
+    sites = [
+        site("unet.attn2.to_q", 1),
+        site("unet.attn2.to_k", 1),
+        site("unet.attn1.to_q", 1),
+        Site("unet.ff", "linear", 4, 4, role="mlp"),
+        site("text_encoder.attn2.to_q"),
+    ]
+    kept = trained_sites(options, sites)
+    assert [one.name for one in kept] == [one.name for one in sites if "to_k" not in one.name]
+    groups = make_groups(options, kept, both, 1)
+    told = [(g.name, pytest.approx(g.rate, rel=1e-12)) for g in groups]
+    assert told == [
+        ("textencoder reg_lr_1", 3e-4),
+        ("textencoder reg_lr_1 plus", 1.2e-3),
+        ("unet_block1 reg_lr_1", 1.5e-4),
+        ("unet_block1 reg_lr_1 plus", 6e-4),
+        ("unet_block1", 5e-5),
+        ("unet_block1 plus", 2e-4),
+        ("unet reg_lr_2", 2.5e-5),
+        ("unet reg_lr_2 plus", 1e-4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rates", "told"),
+    [
+        ({"*.attn3.*": 2}, "means no layer that carries the adapter"),
+        ({"attenton": 2}, "Did you mean 'attention'"),
+        ({"unet.*": 2, "*.attn1.*": 3}, "others before it fit all of its layers"),
+        ({"*": 0}, "rates are 0 for each that network.train and network.layers choose"),
+    ],
+)
+def test_factors_that_change_nothing_are_refused(rates: dict[str, float], told: str):
+    with pytest.raises(OptionError, match=told):
+        trained_sites(OptimizerOptions(rates=rates), [site("unet.attn1.to_q", 1)])
 
 
 def test_a_part_without_rate_gets_no_adapter():
@@ -189,6 +294,8 @@ def test_a_part_without_rate_gets_no_adapter():
     assert [one.name for one in trained_sites(low, sites)] == ["unet.b", "text_encoder.a"]
     with pytest.raises(OptionError, match="No layer is left to train"):
         trained_sites(OptimizerOptions(text_encoder_rate=0), sites[2:])
+    with pytest.raises(OptionError, match="the network sits on none"):
+        trained_sites(OptimizerOptions(), [])
 
 
 def test_the_text_encoder_stops_after_its_share_of_the_run():
@@ -246,7 +353,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(("written", "first"), SHAPES, ids=str)
 def test_block_rates_are_read_as_written(written: Any, first: list[float]):
-    weights = block_weights(BlockRates(up=written))
+    weights = block_weights(BlockRates(up=written), SD1)
     assert weights[:13] == [1.0] * 13
     assert weights[13:16] == pytest.approx(first)
     assert len(weights) == 25
@@ -258,8 +365,8 @@ def test_block_rates_are_read_as_written(written: Any, first: list[float]):
         ({"down": "sin"}, "Did you mean 'sine'"),
         ({"down": "sine+x"}, "after \\+ comes a number"),
         ({"down": "1;2"}, "neither numbers with commas"),
-        ({"mid": "sine"}, "a shape needs several blocks"),
-        ({"mid": [1, 2]}, "has 2 numbers, and there are 1 such blocks"),
+        ({"mid": "sine"}, "a shape needs many blocks"),
+        ({"mid": [1, 2, 3, 4]}, "has 4 numbers, and there are 3 such blocks"),
         ({"down": [1] * 13}, "has 13 numbers, and there are 12"),
         ({"up": [1, -0.5]}, "no block can have less than 0"),
         ({"zero_threshold": 0.1}, "no block has a rate of its own"),
@@ -269,3 +376,38 @@ def test_block_rates_are_read_as_written(written: Any, first: list[float]):
 def test_block_rates_that_cannot_be_read_are_refused(words: dict[str, Any], told: str):
     with pytest.raises(ValidationError, match=told):
         OptimizerOptions(block_rates=words)
+
+
+FLUX, SD3 = (19, 0, 38), (24, 0, 0)
+
+
+def test_transformers_count_their_stretches_on():
+    flux = BlockRates(double=[0, 0.5], single="linear", zero_threshold=0.1)
+    weights = block_weights(flux, FLUX)
+    linear = [i / 37 for i in range(38)]
+    expected = [0, 0.5, *[1] * 17, *(w if w > 0.1 else 0 for w in linear)]
+    assert weights == pytest.approx(expected, rel=1e-12)
+    joint = block_weights(BlockRates(joint="0.5,,2"), SD3)
+    assert joint == [0.5, 0, 2, *[1] * 21]
+
+
+def test_a_stretch_of_one_block_has_a_shape_too():
+    assert block_weights(BlockRates(double="linear+1"), (1, 0, 2)) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "counts", "told"),
+    [
+        ({"double": 1}, SD1, "double is given, and this base has no such blocks. It has down, mid"),
+        ({"down": 0.5}, FLUX, "It has double, single"),
+        ({"single": 0.5}, SD3, "It has joint"),
+        ({"double": [1] * 20}, FLUX, "has 20 numbers, and there are 19"),
+        ({"mid": [1, 2]}, SD1, "has 2 numbers, and there are 1"),
+        ({"down": [1] * 10}, (9, 3, 9), "has 10 numbers, and there are 9"),
+    ],
+)
+def test_rates_of_blocks_that_the_base_has_not_are_refused(
+    words: dict[str, Any], counts: tuple[int, int, int], told: str
+):
+    with pytest.raises(OptionError, match=told):
+        block_weights(BlockRates(**words), counts)

@@ -83,7 +83,9 @@ def test_the_peak_rate_is_the_optimizers_usual_one_where_the_job_gives_none():
     assert all(rates[name] == 1 for name in KINDS if OptimizerOptions(name=name).one_rate)
     assert (rates["adamw"], rates["paged_adamw8bit"], rates["lion"]) == (1e-4, 1e-4, 3e-5)
     given = OptimizerOptions(learning_rate=3e-4, denoiser_rate=2e-4)
-    assert (given.rate_of("denoiser"), given.rate_of("text_encoder")) == (2e-4, 3e-4)
+    assert (given.rates_of("denoiser"), given.rates_of("text_encoder")) == ((2e-4,), (3e-4,))
+    several = OptimizerOptions(text_encoder_rate=[5e-5, 0, 1e-5])
+    assert several.rates_of("text_encoder") == (5e-5, 0, 1e-5)
 
 
 @pytest.mark.slow
@@ -132,7 +134,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "prodigy", "lora_plus_ratio": 4}, "prodigy estimates one rate for all"),
     ({"name": "prodigy", "lora_plus_denoiser_ratio": 4}, "prodigy estimates one rate for all"),
     ({"name": "d_adapt_adam", "block_rates": {"mid": 0.5}}, "gives blocks their own rates"),
+    ({"name": "d_adapt_adam", "rates": {"mlp": 0.5}}, "gives layers their own rates"),
     ({"name": "prodigy", "text_encoder_rate": 0.5}, "come to 1 and"),
+    ({"name": "prodigy", "text_encoder_rate": [1, 0.5]}, "come to 1, 1 and 0.5"),
+    ({"name": "adafactor", "text_encoder_rate": [0, 1e-5]}, "finds its own rate"),
+    ({"rates": {"mlp": -1}}, "greater than or equal to 0"),
+    ({"text_encoder_rate": []}, "text_encoder_rate is an empty list"),
+    ({"text_encoder_stop": 0.5, "text_encoder_rate": [0, 0]}, "text_encoder_rate is 0"),
     ({"name": "prodigy", "learning_rate": -1}, "which cannot be below 0"),
     ({"name": "prodigy", "scale_rate": "sqrt"}, "scale_rate is sqrt, and prodigy estimates"),
     ({"name": "prodigy", "text_encoder_stop": 0.5}, "the estimate would jump"),
@@ -172,6 +180,7 @@ def test_what_cannot_work_is_refused(words: dict[str, Any], told: str):
 ALLOWED: list[dict[str, Any]] = [
     {"name": "prodigy", "text_encoder_rate": 0},
     {"name": "prodigy", "text_encoder_rate": 1, "denoiser_rate": 1},
+    {"name": "prodigy", "text_encoder_rate": [1, 0], "rates": {"*.a.*": 0, "mlp": 1}},
     {"name": "prodigy", "args": {"d_coef": 2, "safeguard_warmup": True}, "weight_decay": 0.01},
     {"name": "adafactor", "text_encoder_stop": 0.5},
     {"name": "adafactor", "args": {"eps": [1e-30, 1e-3], "warmup_init": True}},
@@ -269,4 +278,25 @@ def test_what_agrees_is_left_alone(optimizer: dict[str, Any], schedule: dict[str
         ScheduleOptions(**schedule),
         trains_denoiser=True,
         trains_text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "word", ["lora_plus_ratio", "lora_plus_denoiser_ratio", "lora_plus_text_encoder_ratio"]
+)
+def test_lora_plus_is_refused_where_the_network_has_no_halves(word: str):
+    def problems(fast: tuple[str, ...]) -> list[str]:
+        return rate_problems(
+            OptimizerOptions(**{word: 16}),
+            ScheduleOptions(),
+            trains_denoiser=True,
+            trains_text=True,
+            network="lokr",
+            fast=fast,
+        )
+
+    assert not problems(("up",))
+    (told,) = problems(())
+    assert told.startswith(
+        f"optimizer.{word} moves one of two halves faster, and network.kind lokr"
     )

@@ -15,6 +15,7 @@ from raylora.diffusion.samplers import Sampler
 from raylora.families.sd15 import Sd15, Sd15Options
 from raylora.preview.options import PreviewOptions
 from raylora.preview.renderer import draw_preview
+from raylora.weights.base import open_base
 
 BASE = ROOT / "jobs/quickstart/tiny-sd"
 CPU = torch.device("cpu")
@@ -22,7 +23,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def family() -> Sd15:
-    return Sd15(BASE, Sd15Options(weights=str(BASE)))
+    base = open_base(str(BASE), kind="sd15")
+    return Sd15(base, Sd15Options(weights=str(BASE)))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,13 @@ def test_a_samplers_picture_is_the_diffusers_pipelines(
     family: Sd15, pipeline: Any, monkeypatch: Any, sampler: Sampler, scheduler: str
 ):
     options = PreviewOptions(
-        prompts=("ink icon, cat",), negative="red", sampler=sampler, width=64, height=48, steps=4
+        prompts=("ink icon, cat",),
+        negative="red",
+        sampler=sampler,
+        width=64,
+        height=48,
+        steps=4,
+        guidance=7.0,
     )
     (settings,) = options.pictures()
     noises: list[torch.Tensor] = []
@@ -94,6 +102,7 @@ def test_each_kind_of_sampler_draws_a_picture_of_its_own(family: Sd15):
         width=64,
         height=48,
         steps=5,
+        guidance=7.0,
     )
     drawn = set()
     for settings in options.pictures():

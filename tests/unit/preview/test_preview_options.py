@@ -9,7 +9,13 @@ import pytest
 from pydantic import ValidationError
 
 from raylora.base.options import Options, explain
-from raylora.preview.options import PictureSettings, PreviewOptions
+from raylora.diffusion.process import AnyProcess, Flow, Process
+from raylora.diffusion.schedules import alphas_cumprod, rescaled_zero_terminal
+from raylora.preview.options import PictureSettings, PreviewOptions, Usual
+
+ALPHAS = alphas_cumprod({"beta_start": 1e-4, "beta_end": 0.02})
+V, RESCALED = (Process("v_prediction", of) for of in (ALPHAS, rescaled_zero_terminal(ALPHAS)))
+SD = Usual(30, 7.5, "ddim", 512, 512)
 
 
 class Tree(Options):
@@ -18,6 +24,10 @@ class Tree(Options):
 
 def read(**words: Any) -> PreviewOptions:
     return Tree.model_validate({"preview": words}).preview
+
+
+def problems(options: PreviewOptions, process: AnyProcess) -> list[str]:
+    return options.problems(SD, size_step=16, process=process)
 
 
 def refused(**words: Any) -> str:
@@ -119,7 +129,7 @@ def test_rounds_are_250_steps_apart_where_nothing_is_said(words, steps, epochs):
         ({"every_steps": 5, "every_epochs": 1}, "give one of them (the other is null)"),
         ({"prompts": ["a"], "prompts_file": "b.txt"}, "preview.prompts_file and preview.prompts"),
         ({"prompts_file": "b.csv"}, "preview.prompts_file: b.csv: a file of prompts ends in"),
-        ({"prompts": ["a", "b --g 3"]}, "preview.prompts.1: --g is guidance that a FLUX"),
+        ({"prompts": ["a", "b --cn 3"]}, "preview.prompts.1: --cn is the picture that a Contr"),
         ({"prompts": ["a --w 8"]}, "preview.prompts.0: width is 8: input should be greater"),
         ({"prompts": ["a --ss eular"]}, "preview.prompts.0: sampler is 'eular'"),
         ({"prompts": [{"prompt": "a", "stpes": 3}]}, "stpes: no such option. Did you mean 'steps'"),
@@ -141,10 +151,35 @@ def test_pictures_that_a_base_cannot_draw_are_told_by_their_place():
     options = read(
         prompts=["a", "b --w 40", "c --h 96 --w 32", "d --ss heun --w 8000"], width=70, height=64
     )
-    assert options.problems(size_step=16, pure_noise=False) == [
+    assert problems(options, V) == [
         "preview.width and height 70x64: this base needs multiples of 16.",
         "preview.prompts.1 40x64: this base needs multiples of 16.",
     ]
-    (told,) = read(prompts=["a", "d --ss heun"]).problems(size_step=16, pure_noise=True)
+    (told,) = problems(read(prompts=["a", "d --ss heun"]), RESCALED)
     assert told.startswith("preview.sampler: heun cannot start from pure noise")
-    assert read(width=70).problems(size_step=16, pure_noise=True) == [], "nothing is drawn"
+    assert problems(read(width=70), RESCALED) == [], "nothing is drawn"
+    (told,) = problems(read(prompts=["a"], sampler="ddim"), Flow())
+    assert told == "preview.sampler: ddim is not for flow models. Choose euler or heun."
+
+
+def test_what_is_null_is_the_familys_usual_wherever_it_is_looked_at():
+    flux = Usual(28, 1.0, "euler", 1024, 1024, 3.5)
+    (found,) = read(prompts=["a --h 512"]).with_usual(flux).pictures()
+    assert (found.steps, found.guidance, found.sampler) == (28, 1.0, "euler")
+    assert (found.width, found.height, found.embedded_guidance) == (1024, 512, 3.5)
+    (found,) = read(prompts=["a --g 2"], steps=4, guidance=3).with_usual(flux).pictures()
+    assert (found.steps, found.guidance, found.embedded_guidance) == (4, 3.0, 2.0)
+    # A negative prompt is judged by the guidance that is really used.
+    assert read(prompts=["a --n b"]).problems(flux, size_step=16, process=Flow()) == [
+        "preview.prompts.0 has a negative prompt, and guidance 1 does not look at it. Set guidance "
+        "above 1, or leave the negative prompt out."
+    ]
+    assert problems(read(prompts=["a --n b"]), V) == []
+
+
+@pytest.mark.parametrize("words", [{"embedded_guidance": 0}, {"prompts": ["a --g 0"]}])
+def test_a_guidance_as_a_number_is_refused_where_the_base_is_told_none(words: dict[str, Any]):
+    options = read(**{"prompts": ["a"], **words})
+    (told,) = problems(options, V)
+    assert told.startswith("preview.embedded_guidance is 0, and this base is told no guidance")
+    assert options.problems(SD._replace(embedded_guidance=3.5), size_step=16, process=V) == []

@@ -14,7 +14,7 @@ from raylora.preview.prompts import read_prompt, read_prompts_file
 def test_every_flag_is_read_in_any_order_and_case():
     line = (
         "a cat, sitting --n ugly, (bad:1.2) --w 512 --h 768 --d 7 --l 7.5 --s 20 --ss euler_a "
-        "--am 0.8"
+        "--am 0.8 --g 3.5"
     )
     words = {
         "prompt": "a cat, sitting",
@@ -26,6 +26,7 @@ def test_every_flag_is_read_in_any_order_and_case():
         "steps": 20,
         "sampler": "euler_a",
         "strength": 0.8,
+        "embedded_guidance": 3.5,
     }
     assert read_prompt(line) == words
     first, *flags = line.split(" --")
@@ -47,13 +48,12 @@ def test_a_text_without_flags_is_the_prompt(text: str):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a --g 3.5", "--g is guidance that a FLUX model is told"),
         ("a --cn x.png", "--cn is the picture that a ControlNet follows"),
         ("a --ctr 0.5", "--ctr is where Lumina stops its guidance"),
         ("a --rcfg 1.0", "--rcfg is how Lumina rescales"),
         ("a --fs 3", "--fs is the shift of a flow model"),
         ("a --i x.png", "--i is a picture to edit"),
-        ("a --seed 3", r"--seed is no flag\. Allowed: am, d, h, .* a section: {prompt: ...}"),
+        ("a --seed 3", r"--seed is no flag\. Allowed: am, d, g, h, .* a section: {prompt: ...}"),
         ("a --w 512px", "--w is '512px': give a whole number"),
         ("a --am 0.8,0.5", "--am is '0.8,0.5': give one number"),
         ("a --n", "--n has no value: give a text"),
@@ -110,10 +110,12 @@ def test_a_json_file_has_texts_and_objects(tmp_path: Path):
     entries = [
         "a cat --w 64",
         {"prompt": "a dog", "scale": 2.5, "additional_network_multiplier": [0.5]},
+        {"prompt": "a bird", "guidance_scale": 3.5},
     ]
     assert read_prompts_file(written(tmp_path, "p.json", json.dumps(entries))) == [
         "a cat --w 64",
         {"prompt": "a dog", "guidance": 2.5, "strength": 0.5},
+        {"prompt": "a bird", "embedded_guidance": 3.5},
     ]
 
 

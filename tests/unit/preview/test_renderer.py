@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from raylora.base.seeds import draw_normal
-from raylora.preview.options import PictureSettings, PreviewOptions
+from raylora.preview.options import PictureSettings, PreviewOptions, Usual
 from raylora.preview.renderer import draw_preview, png_bytes
 
 FAMILY: Any = SimpleNamespace(latent_channels=4, pixels_per_latent=8)
 PROCESS: Any = object()
+USUAL = Usual(steps=9, guidance=4.5, sampler="euler", width=32, height=64)
 
 
 class Records:
@@ -38,7 +39,7 @@ class Records:
 
 def settings(prompt: str = "a cat", *, number: int = 0, **words: Any) -> PictureSettings:
     prompts = ("another",) * number + (prompt,)
-    return PreviewOptions(prompts=prompts, **words).pictures()[number]
+    return PreviewOptions(prompts=prompts, **words).with_usual(USUAL).pictures()[number]
 
 
 def drawn(prompt: str = "a cat", *, number: int = 0, **words: Any) -> dict[str, Any]:
@@ -60,7 +61,22 @@ def test_the_renderer_is_told_the_options():
         "steps": 7,
         "guidance": 2.5,
         "sampler": "heun",
+        "embedded_guidance": None,
     }
+
+
+def test_what_a_job_leaves_open_is_the_familys_usual():
+    given = drawn()
+    assert given["latents"].shape == (1, 4, 8, 4)
+    assert [given[word] for word in ("steps", "guidance", "sampler")] == [9, 4.5, "euler"]
+    dev = USUAL._replace(embedded_guidance=3.5)
+    for said, expected in ((None, 3.5), (2.0, 2.0)):
+        (picture,) = (
+            PreviewOptions(prompts=("a",), embedded_guidance=said).with_usual(dev).pictures()
+        )
+        records = Records()
+        draw_preview(records, FAMILY, picture, process=PROCESS)
+        assert records.given[0]["embedded_guidance"] == expected
 
 
 def test_noise_follows_seed_and_number_and_nothing_else():

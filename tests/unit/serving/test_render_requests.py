@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 
 from raylora.base.errors import OptionError
+from raylora.diffusion.process import AnyProcess, Flow, Process
+from raylora.diffusion.schedules import alphas_cumprod, rescaled_zero_terminal
 from raylora.preview.options import PictureSettings, PreviewOptions
 from raylora.serving.options import RenderRequest, ServeOptions, picture_settings, read_request
 
+ALPHAS = alphas_cumprod({"beta_start": 1e-4, "beta_end": 0.02})
+PLAIN = Process("v_prediction", ALPHAS)
+RESCALED = Process("v_prediction", rescaled_zero_terminal(ALPHAS))
 PREVIEWS = PreviewOptions(
     prompts=("a dog", "a cat"),
     seed=5,
@@ -24,11 +29,11 @@ PREVIEWS = PreviewOptions(
 
 
 def fill(
-    limits: ServeOptions | None = None, *, pure_noise: bool = False, **words: Any
+    limits: ServeOptions | None = None, *, process: AnyProcess = PLAIN, **words: Any
 ) -> PictureSettings:
     request = RenderRequest(prompt="a cat", **words)
     return picture_settings(
-        request, PREVIEWS, limits or ServeOptions(), size_step=16, pure_noise=pure_noise
+        request, PREVIEWS, limits or ServeOptions(), size_step=16, process=process
     )
 
 
@@ -56,15 +61,29 @@ def test_what_a_request_says_holds_also_where_it_says_nothing_or_zero():
 
 def test_a_prompt_of_a_request_is_taken_as_it_stands():
     request = RenderRequest(prompt="a cat --w 32")
-    asked = picture_settings(request, PREVIEWS, ServeOptions(), size_step=16)
+    asked = picture_settings(request, PREVIEWS, ServeOptions(), size_step=16, process=PLAIN)
     assert (asked.prompt, asked.width) == ("a cat --w 32", 64)
 
 
 def test_a_sampler_that_cannot_draw_what_the_run_trained_is_refused():
     assert fill(sampler="heun").sampler == "heun"
     with pytest.raises(OptionError, match=r"sampler: heun cannot start from pure noise, .*Choose"):
-        fill(sampler="heun", pure_noise=True)
-    assert fill(pure_noise=True).sampler == "euler_a"
+        fill(sampler="heun", process=RESCALED)
+    assert fill(process=RESCALED).sampler == "euler_a"
+    with pytest.raises(
+        OptionError, match=r"sampler: euler_a is not for flow models\. Choose euler"
+    ):
+        fill(process=Flow())
+
+
+def test_a_guidance_that_the_base_is_not_told_is_refused():
+    with pytest.raises(OptionError, match=r"embedded_guidance is 2, and this base is told no"):
+        fill(embedded_guidance=2.0)
+    told = PREVIEWS.model_copy(update={"embedded_guidance": 3.5, "sampler": "euler"})
+    for said, expected in ((None, 3.5), (2.0, 2.0)):
+        request = RenderRequest(prompt="a cat", embedded_guidance=said)
+        found = picture_settings(request, told, ServeOptions(), size_step=16, process=Flow())
+        assert found.embedded_guidance == expected
 
 
 def test_a_negative_prompt_that_nothing_looks_at_is_refused_but_the_runs_own_is_not():

@@ -10,8 +10,9 @@ from small import ROOT, MakeJob, open_run
 from torch import Tensor
 from torch.testing import assert_close
 
-from raylora.diffusion.noise import draw_noise, draw_timesteps
+from raylora.diffusion.noise import draw_noise
 from raylora.diffusion.schedules import rescaled_zero_terminal
+from raylora.diffusion.timesteps import draw_timesteps
 from raylora.training.loop import Run
 from raylora.training.step import sample_losses
 
