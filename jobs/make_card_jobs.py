@@ -69,6 +69,7 @@ PLUS = "  lora_plus_ratio: 16            # LoRA+: the half that starts at zero m
 ADAFACTOR = """\
   name: Adafactor                # keeps rows and columns of its state in place of all of it
   learning_rate: 1.0e-4
+  args: {relative_step: false, scale_parameter: false, warmup_init: false}
   max_grad_norm: 0               # Adafactor cuts its steps itself
 """
 MIN_SNR = """

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
 from raylora.adapt.metadata import AdapterFacts
 from raylora.base.seeds import sample_number
@@ -22,7 +21,9 @@ from raylora.diffusion.process import Flow
 from raylora.diffusion.timesteps import TimestepOptions, base_shift
 from raylora.families import Family
 from raylora.job import Job
+from raylora.networks.dylora import DyloraOptions
 from raylora.networks.locon import LoconOptions
+from raylora.networks.lycoris import LycorisOptions
 
 CLIP_TOKENS = 75
 MOST_TAGS = 10_000
@@ -48,7 +49,7 @@ def adapter_facts(
     Args:
         images: the `image_facts`.
         held_out: how many images are measured and not trained on.
-        base_license: as `find_license` finds it; `export.license` replaces it.
+        base_license: where it is known; `export.license` replaces it.
     """
     training = job.training
     about = family.metadata
@@ -216,6 +217,11 @@ def _network_args(job: Job) -> dict[str, str]:
     if isinstance(network, LoconOptions):
         conv_rank = network.conv_rank or network.rank
         words |= {"conv_dim": conv_rank, "conv_alpha": network.conv_alpha or conv_rank}
+    if isinstance(network, DyloraOptions):
+        words["unit"] = network.unit
+    if isinstance(network, LycorisOptions):
+        norms = network.algo == "norms"
+        words |= {"algo": "lora", "train_norm": "True"} if norms else {"algo": network.algo}
     words |= _LYCORIS.get(network.kind, {})
     return {word: _typed(value) for word, value in words.items() if value is not None}
 
@@ -299,31 +305,6 @@ def _set_facts(data: SetOptions) -> dict[str, Any]:
         "caption_dropout_every_epochs": data.caption_dropout_every_n_epochs,
         "tag_dropout_rate": data.caption_tag_dropout_rate,
     }
-
-
-def find_license(folder: Path) -> str:
-    """The licence that a base's README.md names before its text, as model pages have it.
-
-    "" where there is no README.md or it names none. Where the licence is "other", the name that
-    stands beside it.
-    """
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return ""
-    start, _, rest = readme.read_text(encoding="utf-8-sig", errors="replace").partition("---\n")
-    front, end, _ = rest.partition("\n---")
-    if start.strip() or not end:
-        return ""
-    try:
-        words = yaml.safe_load(front)
-    except yaml.YAMLError:
-        return ""
-    if not isinstance(words, dict):
-        return ""
-    found = words.get("license")
-    if found == "other":
-        found = words.get("license_name", found)
-    return ", ".join(map(str, found)) if isinstance(found, list) else str(found or "")
 
 
 def _chunked(tokens: int | None) -> int | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from raylora.adapt.attach import Adapter, first_weights, weights_in
 from raylora.adapt.keys import Naming
-from raylora.adapt.layout import laid_out
+from raylora.adapt.layout import _in_diffusers_words, laid_out
 from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule, adapter_bytes
 from raylora.adapt.onto import Names
 from raylora.adapt.trained import Trained
@@ -84,6 +84,15 @@ def file_bytes(
 ) -> bytes:
     """A LoRA file as a run saves it, of modules named by sites."""
     return adapter_bytes(laid_out(modules, names, naming), metadata or {}, dtype=dtype)
+
+
+def raw_bytes(modules: Sequence[AdapterModule], naming: Naming = "kohya") -> bytes:
+    """A file without what makes it readable for diffusers: of float32."""
+    if naming == "kohya":
+        named = [AdapterModule(kohya_name(one.name), one.tensors) for one in modules]
+    else:
+        named = [_in_diffusers_words(one) for one in modules]
+    return adapter_bytes(named, {}, dtype=torch.float32)
 
 
 def site_of_module(module: AdapterModule) -> Site:

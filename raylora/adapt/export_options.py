@@ -66,9 +66,7 @@ class ExportOptions(Options):
     """ss_training_comment: a note about the training."""
 
 
-def naming_problems(
-    export: ExportOptions, network: NetworkOptions, family: str
-) -> Iterator[str]:
+def naming_problems(export: ExportOptions, network: NetworkOptions, family: str) -> Iterator[str]:
     """Files that no program would read as they are meant, a sentence each.
 
     Args:

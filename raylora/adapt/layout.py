@@ -40,6 +40,7 @@ def laid_out(modules: Sequence[AdapterModule], names: Names, naming: Naming) -> 
         ExportError: the naming has no words for a module.
     """
     if naming == "diffusers":
+        _refuse_unnamed(modules)
         return [_in_diffusers_words(module) for module in readable(modules, naming)]
     if naming == "comfyui" and names.kind in ("sd15", "sd2"):
         raise ExportError(
@@ -109,14 +110,19 @@ def _joined(
     )
 
 
+def _refuse_unnamed(modules: Sequence[AdapterModule]) -> None:
+    for module in modules:
+        if DOWN not in module.tensors or MID in module.tensors:
+            what = f"{module.kind} with {MID}" if MID in module.tensors else module.kind
+            raise ExportError(
+                f"Not saved: diffusers has no names for {what}, which {module.name} is. Set "
+                "export.naming to kohya."
+            )
+
+
 def _in_diffusers_words(module: AdapterModule) -> AdapterModule:
     """diffusers' words have no alpha, so alpha / rank becomes part of the halves."""
     held = module.tensors
-    if DOWN not in held or MID in held:
-        raise ExportError(
-            f"Not saved: diffusers has no names for {module.kind}, which {module.name} is. Set "
-            "export.naming to kohya."
-        )
     down, up, _ = at_scale(module.low_rank, 1.0)
     tensors = {"lora_A.weight": down, "lora_B.weight": up}
     if DORA in held:

@@ -127,6 +127,14 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
+def keep_text(path: Path, text: str) -> None:
+    """Write a small file of the cache, so that others read all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def cache_home() -> Path:
     """This machine's cache: $RAYLORA_HOME, or ~/.cache/raylora."""
     home = os.environ.get("RAYLORA_HOME")

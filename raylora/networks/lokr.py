@@ -96,8 +96,15 @@ class LokrOptions(NetworkOptions):
         without = "network.full_matrix keeps both blocks whole"
         if self.rank != type(self)().rank:
             yield f"{without}, so network.rank {self.rank} would do nothing. Leave one of them out."
-        if self.alpha is not None:
-            yield f"{without}, which are read at strength 1. Leave out network.alpha."
+        alphas = {
+            "alpha": self.alpha,
+            "alphas": self.alphas or None,
+            "block_alphas": self.block_alphas,
+            "conv_block_alphas": self.conv_block_alphas,
+        }
+        for word, given in alphas.items():
+            if given is not None:
+                yield f"{without}, which are read at strength 1. Leave out network.{word}."
         if self.decompose_both:
             yield f"{without}, and network.decompose_both splits them. Choose one of the two."
         if self.tucker:

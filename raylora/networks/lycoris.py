@@ -49,6 +49,19 @@ _KINDS = {
     "dylora": "dylora",
 }
 """Its words for what is a kind of its own here."""
+_RANKED = ("boft", "glora")
+_USED_BY = {
+    "rank": _RANKED,
+    "alpha": _RANKED,
+    "alphas": _RANKED,
+    "block_alphas": _RANKED,
+    "conv_block_alphas": _RANKED,
+    "rescale": ("boft",),
+    "on_input": ("ia3",),
+    "dropout": ("glora",),
+    "rank_dropout": ("glora",),
+}
+"""Options that only some algorithms have a use for."""
 
 
 class LycorisOptions(NetworkOptions):
@@ -65,7 +78,7 @@ class LycorisOptions(NetworkOptions):
     """Which of them. glora: LoRA that can also reuse the layer's own weight. boft: rotations of all
     outputs among each other, with few numbers. ia3: one number for each output or input, the
     smallest there is; ComfyUI does not read it. full: the whole weight and bias, as large as the
-    layers. norms: scale and shift of normalisations alone."""
+    layers. norms: scale and shift of normalisations alone, which `layers: [norm]` chooses."""
     rank: int = Field(
         16,
         ge=1,
@@ -132,21 +145,6 @@ class LycorisOptions(NetworkOptions):
         return super().scale_at(site) if self.algo == "glora" else 1.0
 
 
-_RANKED = ("boft", "glora")
-_USED_BY = {
-    "rank": _RANKED,
-    "alpha": _RANKED,
-    "alphas": _RANKED,
-    "block_alphas": _RANKED,
-    "conv_block_alphas": _RANKED,
-    "rescale": ("boft",),
-    "on_input": ("ia3",),
-    "dropout": ("glora",),
-    "rank_dropout": ("glora",),
-}
-"""Options that only some algorithms have a use for."""
-
-
 def _not_on_norms(options: LycorisOptions, site: Site) -> str | None:
     if site.kind == "norm":
         return f"{options.algo} is for linear layers and convolutions, and this is a norm"
@@ -172,9 +170,13 @@ def butterfly(outputs: int, rank: int) -> tuple[int, int, int] | None:
 def _boft_fits(options: LycorisOptions, site: Site) -> str | None:
     if site.kind == "norm" or butterfly(site.outputs, options.rank_at(site)):
         return _not_on_norms(options, site)
+    odd = site.outputs
+    while odd % 2 == 0:
+        odd //= 2
+    enough = f" (network.rank {2 * odd} is enough)" if odd < site.outputs else ""
     return (
         f"its {site.outputs} outputs are no power of two times an even number up to network.rank "
-        f"{options.rank_at(site)}, so boft has no blocks for them"
+        f"{options.rank_at(site)}{enough}, so boft has no blocks for them"
     )
 
 
@@ -353,7 +355,7 @@ def _full_merged(
 def _norms_fit(options: LycorisOptions, site: Site) -> str | None:
     if site.kind == "norm":
         return None
-    return "norms is for normalisations alone, and this is none"
+    return "norms is for normalisations alone (network.layers: [norm]), and this is none"
 
 
 def _norms_initial(options: LycorisOptions, site: Site, draw: Draw, weight: Weight) -> Arrays:

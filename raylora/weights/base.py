@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from raylora.base.errors import WeightsError
+from raylora.base.fetch import keep_text
 from raylora.base.fingerprint import file_fingerprint
 from raylora.weights.content import content_hash, folder_hash, remembered
 from raylora.weights.opening import check_parts, check_whole, open_main, open_part
@@ -111,8 +112,7 @@ class _Opened(Base):
             return place.read_text()
         made = content_hash(config, source.weights(component))
         if place is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(made)
+            keep_text(place, made)
         return made
 
     def tokenizer(self, component: str) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from raylora.base.errors import WeightsError
@@ -198,8 +198,21 @@ def _is_in(name: str, folder: str) -> bool:
 
 
 def read_license(readme: str) -> str | None:
-    """The licence's id in the first lines of a model hub's README; None where there is none."""
-    found = re.match(r"---\n(.*?)\n---", readme, re.DOTALL)
-    words = dict(re.findall(r"^(license\w*):\s*(\S+)\s*$", found[1], re.MULTILINE)) if found else {}
-    name: str | None = words.get("license")
-    return words.get("license_name", name) if name == "other" else name
+    """The licence that a model hub's README names before its text; None where there is none.
+
+    Where it is "other", the name that stands beside it.
+    """
+    start, _, rest = readme.removeprefix("\ufeff").partition("---\n")
+    front, end, _ = rest.partition("\n---")
+    if start.strip() or not end:
+        return None
+    try:
+        words = yaml.safe_load(front)
+    except yaml.YAMLError:
+        return None
+    if not isinstance(words, dict):
+        return None
+    found = words.get("license")
+    if found == "other":
+        found = words.get("license_name", found)
+    return ", ".join(map(str, found)) if isinstance(found, list) else str(found or "") or None

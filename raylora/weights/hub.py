@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -9,8 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from raylora.base.errors import WeightsError
-from raylora.base.fetch import cache_home
-from raylora.weights.folder import LocalFolder
+from raylora.base.fetch import cache_home, keep_text
 
 Found = TypeVar("Found")
 
@@ -35,24 +35,16 @@ class HubRepository:
         return self._download(None, ["*.json", "README.md"])
 
     def names(self) -> frozenset[str]:
-        """Of its files; where the hub cannot be reached, of those that are in the cache."""
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import DryRunError
+        """Of its files, as the commit has them; asked for once on a machine."""
+        from huggingface_hub import HfApi
 
-        def ask() -> frozenset[str]:
-            found = snapshot_download(
-                self.name,
-                revision=self._folder.name,
-                cache_dir=_cache(),
-                endpoint=_endpoint(),
-                dry_run=True,
-            )
-            return frozenset(one.filename for one in found)
-
-        try:
-            return self._asked(ask)
-        except DryRunError:
-            return LocalFolder(self._folder).names()
+        commit = self._folder.name
+        kept = cache_home() / "hub-files" / self.name / f"{commit}.json"
+        if not kept.exists():
+            api = HfApi(endpoint=_endpoint())
+            found = self._asked(lambda: api.list_repo_files(self.name, revision=commit))
+            keep_text(kept, json.dumps(found))
+        return frozenset(json.loads(kept.read_text()))
 
     def fetch(self, names: Iterable[str]) -> Path:
         """The commit's folder in the cache."""

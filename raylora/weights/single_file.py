@@ -43,6 +43,25 @@ _SECOND = {
     "flux1": ("text_encoders.t5xxl.transformer.",),
 }
 _THIRD = {"sd3": ("text_encoders.t5xxl.transformer.",)}
+_CLIP_MARKS = (
+    "text_model.final_layer_norm.weight",
+    "final_layer_norm.weight",
+    "ln_final.weight",
+)
+_T5_MARKS = ("encoder.final_layer_norm.weight",)
+_MARKS = {
+    "vae": ("decoder.conv_in.weight",),
+    "text_encoder": _CLIP_MARKS,
+    "text_encoder_2": (*_CLIP_MARKS, *_T5_MARKS),
+    "text_encoder_3": _T5_MARKS,
+    "unet": ("input_blocks.0.0.weight", "conv_in.weight"),
+    "transformer": (
+        "double_blocks.0.img_attn.qkv.weight",
+        "joint_blocks.0.x_block.attn.qkv.weight",
+        "transformer_blocks.0.attn.to_q.weight",
+    ),
+}
+"""A tensor that a file of each component has, by one of its names."""
 
 
 def open_checkpoint(url: str, *, kind: str, configs: Source | None) -> CheckpointFile:
@@ -173,32 +192,12 @@ class ComponentFile(Source):
 
 def _check(name: str, component: str, held: dict[str, Tensor], word: str) -> None:
     """WeightsError where a file is of another component."""
-    marks = {
-        "vae": ("decoder.conv_in.weight",),
-        "text_encoder": _CLIP_MARKS,
-        "text_encoder_2": (*_CLIP_MARKS, *_T5_MARKS),
-        "text_encoder_3": _T5_MARKS,
-        "unet": ("input_blocks.0.0.weight", "conv_in.weight"),
-        "transformer": (
-            "double_blocks.0.img_attn.qkv.weight",
-            "joint_blocks.0.x_block.attn.qkv.weight",
-            "transformer_blocks.0.attn.to_q.weight",
-        ),
-    }.get(component, ())
-    if not any(mark in held for mark in marks):
+    if not any(mark in held for mark in _MARKS.get(component, ())):
         first = ", ".join(sorted(held)[:3])
         raise WeightsError(
             f"{word}: {name} holds no {component} (its first tensors: {first}). Give the file of "
             "that component."
         )
-
-
-_CLIP_MARKS = (
-    "text_model.final_layer_norm.weight",
-    "final_layer_norm.weight",
-    "ln_final.weight",
-)
-_T5_MARKS = ("encoder.final_layer_norm.weight",)
 
 
 def component_weights(component: str, held: dict[str, Tensor], config: dict[str, Any]) -> Weights:

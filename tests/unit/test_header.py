@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from raylora.adapt.metadata import AdapterFacts, adapter_metadata
 from raylora.data.dataset import Dataset, PlanFacts
 from raylora.data.rows import Row, rows_of
 from raylora.data.steps import StepPlan
-from raylora.header import adapter_facts, find_license, image_facts
+from raylora.diffusion.process import Flow
+from raylora.header import adapter_facts, image_facts
 from raylora.job import job_from
 from raylora.models import open_family
 
@@ -32,14 +34,20 @@ ROWS = rows_of(
 )
 
 
-def facts(tmp_path: Path, step: int = 5, base_license: str = "", **more: Any) -> AdapterFacts:
+def facts(
+    tmp_path: Path,
+    step: int = 5,
+    base_license: str = "",
+    family: Any = None,
+    **more: Any,
+) -> AdapterFacts:
     job = small_job(str(tmp_path), data__folder=f"{tmp_path}/images", **more)
     facts = PlanFacts(job.data, job.sets, "", "", "", (f"file://{tmp_path}/images",), ("",))
     dataset = Dataset(ROWS, (), facts)
     plan = StepPlan(ROWS, job.training.images_per_step, 0)
     return adapter_facts(
         job,
-        open_family(job),
+        family or open_family(job),
         dataset,
         plan,
         image_facts(job, dataset),
@@ -350,26 +358,80 @@ def test_crops_around_faces_are_told_as_typed(tmp_path: Path):
     assert found["ss_face_crop_aug_range"] == "2,4.5"
 
 
+# -- flow models
+
+
+def flow(tmp_path: Path, *, flux: bool) -> Any:
+    """The tiny base in a flow model's clothes."""
+    family = open_family(small_job(str(tmp_path)))
+    family.process = Flow()
+    family.usual_draw, family.usual_shift = "logit_normal", "resolution" if flux else "base"
+    of_flux = {"ss_guidance_scale": "1.0", "ss_model_type": "flux"} if flux else {}
+    family.metadata = {**family.metadata, "ss_apply_t5_attn_mask": "False", **of_flux}
+    family.base = SimpleNamespace(config=lambda component: {"shift": 3.0})  # type: ignore[assignment]
+    return family
+
+
+def flow_words(tmp_path: Path, *, flux: bool = True, **more: Any) -> dict[str, str]:
+    return adapter_metadata(facts(tmp_path, family=flow(tmp_path, flux=flux), **more))
+
+
+def test_a_flow_model_predicts_what_modelspec_has_no_word_for(tmp_path: Path):
+    assert "modelspec.prediction_type" not in flow_words(tmp_path)
+    assert flow_words(tmp_path, loss__name="huber")["ss_huber_schedule"] == "exponential"
+    assert words(tmp_path, loss__name="huber")["ss_huber_schedule"] == "snr"
+
+
+def test_words_of_flow_models_are_written_for_them_alone(tmp_path: Path):
+    both = {"ss_weighting_scheme", "ss_logit_mean", "ss_logit_std", "ss_mode_scale"}
+    both |= {"ss_apply_t5_attn_mask"}
+    of_flux = {"ss_model_type", "ss_guidance_scale", "ss_timestep_sampling", "ss_sigmoid_scale"}
+    of_flux |= {"ss_model_prediction_type", "ss_discrete_flow_shift"}
+    plain = words(tmp_path).keys()
+    assert flow_words(tmp_path, flux=False).keys() - plain == both
+    assert flow_words(tmp_path, flux=True).keys() - plain == both | of_flux
+    assert flow_words(tmp_path)["ss_model_prediction_type"] == "raw"
+
+
 @pytest.mark.parametrize(
-    ("readme", "license"),
+    ("given", "sampling", "scheme", "shift"),
     [
-        (
-            "---\nlicense: creativeml-openrail-m\ntags:\n- art\n---\n# A base\n",
-            "creativeml-openrail-m",
-        ),
-        ("---\nlicense:\n- mit\n- cc0-1.0\n---\n", "mit, cc0-1.0"),
-        ("---\nlicense: other\nlicense_name: their-own\n---\n", "their-own"),
-        ("---\nlicense: other\n---\n", "other"),
-        ("---\ntags: [a]\n---\nlicense: mit\n", ""),
-        ("# A base\nlicense: mit\n", ""),
-        ("---\nlicense: mit\n", ""),
-        ("# A base\n---\nlicense: mit\n---\n", ""),
-        ("---\n[: broken\n---\n", ""),
-        ("---\njust text\n---\n", ""),
-        (None, ""),
+        ({}, "flux_shift", "logit_normal", "3.0"),
+        ({"timesteps": {"draw": "sigmoid", "shift": 1}}, "sigmoid", "none", "1.0"),
+        ({"timesteps": {"draw": "sigmoid", "shift": 3.16}}, "shift", "none", "3.16"),
+        ({"timesteps": {"draw": "sigmoid", "shift": "base"}}, "shift", "none", "3.0"),
+        ({"timesteps": {"draw": "uniform", "shift": 1}}, "uniform", "none", "1.0"),
+        ({"timesteps": {"mean": 0.5, "shift": 1}}, "sigma", "logit_normal", "1.0"),
+        ({"timesteps": {"draw": "mode", "shift": 1}}, "sigma", "mode", "1.0"),
+        ({"loss__weight__name": "sigma_sqrt"}, "flux_shift", "sigma_sqrt", "3.0"),
     ],
+    ids=str,
 )
-def test_a_bases_licence_is_what_its_page_names(readme: str | None, license: str, tmp_path: Path):
-    if readme is not None:
-        (tmp_path / "README.md").write_text(readme)
-    assert find_license(tmp_path) == license
+def test_timesteps_are_told_in_the_nearest_words_of_sd_scripts(
+    tmp_path: Path, given: dict[str, Any], sampling: str, scheme: str, shift: str
+):
+    found = flow_words(tmp_path, **given)
+    told = ("ss_timestep_sampling", "ss_weighting_scheme", "ss_discrete_flow_shift")
+    assert [found[word] for word in told] == [sampling, scheme, shift]
+
+
+@pytest.mark.parametrize(
+    ("network", "module", "args"),
+    [
+        ({"kind": "lora"}, "networks.lora", {}),
+        ({"kind": "dylora", "unit": 2}, "networks.dylora", {"unit": "2"}),
+        ({"kind": "loha"}, "lycoris.kohya", {"algo": "loha"}),
+        ({"kind": "dora"}, "lycoris.kohya", {"algo": "lora", "dora_wd": "True"}),
+        ({"kind": "oft"}, "lycoris.kohya", {"algo": "diag-oft"}),
+        ({"kind": "lycoris", "algo": "boft"}, "lycoris.kohya", {"algo": "boft"}),
+        ({"kind": "lycoris", "algo": "norms"}, "lycoris.kohya", {"train_norm": "True"}),
+    ],
+    ids=str,
+)
+def test_the_network_is_told_in_the_words_of_whatever_makes_such_a_file(
+    tmp_path: Path, network: dict[str, Any], module: str, args: dict[str, str]
+):
+    found = words(tmp_path, network=network)
+    assert found["ss_network_module"] == module
+    held = json.loads(found.get("ss_network_args", "{}"))
+    assert held.items() >= args.items()

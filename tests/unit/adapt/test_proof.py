@@ -13,20 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import (
+    SD15,
     SD15_MODULES,
     SHAPES,
     as_trained,
+    file_bytes,
+    kohya_name,
     random_adapter,
     random_module,
+    raw_bytes,
     sd15_components,
 )
 from safetensors.torch import load
 from torch import Tensor
 
-from raylora.adapt.keys import Naming, kohya_name, kohya_to_module, module_names
-from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule, adapter_bytes
-from raylora.adapt.proof import ExportProver
-from raylora.adapt.readable import readable
+from raylora.adapt.keys import Naming
+from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule
+from raylora.adapt.proof import ExportProver, ProofReport
 from raylora.adapt.safetensors_format import pack
 from raylora.base.errors import ExportError
 
@@ -36,6 +39,12 @@ MODULES = random_adapter()
 Q, K, OUT, FF, PROJ, CONV, *TEXT = SHAPES
 File = dict[str, Tensor]
 NAMINGS: tuple[Naming, ...] = ("kohya", "diffusers")
+
+
+def proved(
+    prover: ExportProver, data: bytes, modules: list[AdapterModule] = MODULES
+) -> ProofReport:
+    return prover.prove(data, as_trained(modules), SD15)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +57,7 @@ def prover() -> Iterator[ExportProver]:
 def test_a_file_that_says_what_was_trained_is_proved(
     prover: ExportProver, dtype: torch.dtype
 ) -> None:
-    report = prover.prove(adapter_bytes(MODULES, {}, dtype=dtype), as_trained(MODULES))
+    report = proved(prover, file_bytes(MODULES, dtype=dtype))
     assert report.modules == len(MODULES)
     # Of two independent roundings, each at most u: 2u; 2.2 for the mean over few ranks.
     assert report.worst_error <= 2.2 * torch.finfo(dtype).eps / 2
@@ -60,11 +69,16 @@ def test_a_file_that_says_what_was_trained_is_proved(
 def test_diffusers_reads_every_sd15_module_of_sd_scripts(
     prover: ExportProver, network: str
 ) -> None:
-    known = [name for word, part in sd15_components().items() for name in module_names(word, part)]
+    known = {
+        kohya_name(name): name
+        for component, model in sd15_components().items()
+        for path, _ in model.named_modules()
+        for name in (f"{component}.{path}", f"{component}.text_model.{path}")
+    }
     generator = torch.Generator().manual_seed(0)
     modules = [
         AdapterModule(
-            kohya_to_module(name, known),
+            known[name],
             {
                 DOWN: torch.randn(down, generator=generator),
                 UP: torch.randn(up, generator=generator),
@@ -73,8 +87,8 @@ def test_diffusers_reads_every_sd15_module_of_sd_scripts(
         )
         for name, (down, up, alpha) in SD15_MODULES[network].items()
     ]
-    data = adapter_bytes(modules, {}, dtype=torch.float16)
-    assert prover.prove(data, as_trained(modules)).modules == len(SD15_MODULES[network])
+    report = proved(prover, file_bytes(modules, dtype=torch.float16), modules)
+    assert report.modules == report.by_diffusers == len(SD15_MODULES[network])
 
 
 def tamper_alpha(file: File) -> None:
@@ -129,35 +143,33 @@ def unknown_key(file: File) -> None:
         (transpose, f"ΔW differs: {Q} by "),
         (permute_rows, f"ΔW differs: {TEXT[2]} by 1..*%"),
         (zero_half, f"ΔW differs: {FF} by 100.0%"),
-        (unknown_key, "diffusers cannot read the file .*dora_magnitude"),
+        (unknown_key, "dora_magnitude' is no key of a LoRA"),
     ],
 )
 def test_a_file_that_says_otherwise_is_found_out(
     prover: ExportProver, harm: Callable[[File], None], message: str
 ) -> None:
-    file = load(adapter_bytes(MODULES, {}, dtype=torch.float32))
+    file = load(file_bytes(MODULES))
     harm(file)
     with pytest.raises(ExportError, match=message):
-        prover.prove(pack(file, {}), as_trained(MODULES))
-    good = adapter_bytes(MODULES, {}, dtype=torch.float32)
-    assert prover.prove(good, as_trained(MODULES)).modules == len(MODULES)
+        proved(prover, pack(file, {}))
+    assert proved(prover, file_bytes(MODULES)).modules == len(MODULES)
 
 
 def test_what_is_no_safetensors_file_is_not_proved(prover: ExportProver) -> None:
-    with pytest.raises(ExportError, match="diffusers cannot read the file"):
-        prover.prove(b"nonsense", as_trained(MODULES))
+    with pytest.raises(ExportError, match="the file is not a safetensors file"):
+        proved(prover, b"nonsense")
 
 
 def test_an_alpha_that_diffusers_would_not_apply_is_found_out(prover: ExportProver) -> None:
     # diffusers 0.42 gives every attention layer the alpha that most modules have.
     modules = [*MODULES[1:], random_module(Q, SHAPES[Q], alpha=3.0)]
     with pytest.raises(ExportError, match=rf"diffusers would apply .*{Q} \(0\.5 for 0\.75\)"):
-        prover.prove(adapter_bytes(modules, {}, dtype=torch.float32), as_trained(modules))
+        proved(prover, raw_bytes(modules), modules)
     # Other layers' own alphas it does apply, and ranks may differ anywhere.
     modules = [*MODULES[:5], random_module(CONV, SHAPES[CONV], alpha=3.0), *MODULES[6:]]
     modules[0] = random_module(Q, SHAPES[Q], rank=7)
-    data = adapter_bytes(modules, {}, dtype=torch.float32)
-    assert prover.prove(data, as_trained(modules)).modules == len(modules)
+    assert proved(prover, raw_bytes(modules), modules).modules == len(modules)
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
@@ -169,8 +181,7 @@ def test_files_of_both_namings_with_mixed_ranks_and_alphas_are_proved(
         random_module(name, shape, rank=2 + index % 3, alpha=(0.07, 1.0, 30.0)[index % 3])
         for index, (name, shape) in enumerate(SHAPES.items())
     ]
-    data = adapter_bytes(readable(modules, naming), {}, dtype=dtype, naming=naming)
-    report = prover.prove(data, as_trained(modules))
+    report = proved(prover, file_bytes(modules, dtype=dtype, naming=naming), modules)
     assert report.modules == len(modules)
     # Of two independent roundings, each at most u; down is 0.1 · 0.07 at least, no subnormal.
     assert report.worst_error <= 2.2 * torch.finfo(dtype).eps / 2
@@ -182,49 +193,46 @@ def test_a_part_of_a_text_encoder_is_proved_with_what_completes_it(
 ) -> None:
     name = {"kohya": TEXT[0], "diffusers": TEXT[2]}[naming]
     modules = [random_module(name, SHAPES[name])]
-    completed = readable(modules, naming)
-    assert len(completed) == 2
-    data = adapter_bytes(completed, {}, dtype=torch.float16, naming=naming)
-    assert prover.prove(data, as_trained(modules)).modules == 1
-    alone = adapter_bytes(modules, {}, dtype=torch.float16, naming=naming)
+    data = file_bytes(modules, dtype=torch.float16, naming=naming)
+    assert proved(prover, data, modules).modules == 1
     with pytest.raises(ExportError, match="diffusers cannot read the file"):
-        prover.prove(alone, as_trained(modules))
+        proved(prover, raw_bytes(modules, naming), modules)
 
 
 def test_a_changed_file_of_diffusers_naming_is_found_out(prover: ExportProver) -> None:
-    file = load(adapter_bytes(MODULES, {}, dtype=torch.float32, naming="diffusers"))
+    file = load(file_bytes(MODULES, naming="diffusers"))
     down, up = f"{CONV}.lora_A.weight", f"{CONV}.lora_B.weight"
     with pytest.raises(ExportError, match=rf"ΔW differs: {CONV} by 1\.0%"):
-        prover.prove(pack({**file, up: file[up] * 1.01}, {}), as_trained(MODULES))
+        proved(prover, pack({**file, up: file[up] * 1.01}, {}))
     fewer = {key: tensor for key, tensor in file.items() if key not in (down, up)}
     with pytest.raises(ExportError, match=f"missing from the file: {CONV}"):
-        prover.prove(pack(fewer, {}), as_trained(MODULES))
+        proved(prover, pack(fewer, {}))
     more = {"unet.other.lora_A.weight": file[down], "unet.other.lora_B.weight": file[up]}
     with pytest.raises(ExportError, match=r"never trained: unet\.other"):
-        prover.prove(pack({**file, **more}, {}), as_trained(MODULES))
+        proved(prover, pack({**file, **more}, {}))
 
 
 def test_one_process_serves_all_saves(prover: ExportProver) -> None:
-    data = adapter_bytes(MODULES, {}, dtype=torch.float32)
-    prover.prove(data, as_trained(MODULES))
+    data = file_bytes(MODULES)
+    proved(prover, data)
     assert prover._process is not None
     process = prover._process.pid
-    assert max(prover.prove(data, as_trained(MODULES)).seconds for _ in range(3)) < 2
+    assert max(proved(prover, data).seconds for _ in range(3)) < 2
     assert prover._process.pid == process
 
 
 def test_a_reader_that_dies_is_an_error_and_the_next_proof_starts_another(
     prover: ExportProver,
 ) -> None:
-    data = adapter_bytes(MODULES, {}, dtype=torch.float32)
+    data = file_bytes(MODULES)
     prover.start()
     assert prover._process is not None
     assert prover._stderr is not None
     os.write(prover._stderr.fileno(), b"out of memory, say")
     prover._process.send_signal(signal.SIGSEGV)
     with pytest.raises(ExportError, match=r"(?s)died: exit code -11\..*out of memory, say"):
-        prover.prove(data * 100, as_trained(MODULES))
-    assert prover.prove(data, as_trained(MODULES)).modules == len(MODULES)
+        proved(prover, data * 100)
+    assert proved(prover, data).modules == len(MODULES)
 
 
 def test_a_reader_that_does_not_answer_is_stopped() -> None:
@@ -233,7 +241,7 @@ def test_a_reader_that_does_not_answer_is_stopped() -> None:
         process = prover._process
         assert process is not None
         with pytest.raises(ExportError, match=r"took over 0.1 s and was stopped"):
-            prover.prove(adapter_bytes(MODULES, {}, dtype=torch.float32), as_trained(MODULES))
+            proved(prover, file_bytes(MODULES))
         assert process.returncode == -signal.SIGKILL
     prover.close()
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import SHAPES, TINY_BASE, random_adapter, random_module
+from adapters import SHAPES, TINY_BASE, random_adapter, random_module, raw_bytes
 from torch import nn
 from torch.testing import assert_close
 
 from raylora.adapt.deltas import delta
 from raylora.adapt.keys import Naming, find_module
-from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule, adapter_bytes
+from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule
 from raylora.adapt.readable import completed, one_alpha, readable
 
 NAMINGS: tuple[Naming, ...] = ("kohya", "diffusers")
@@ -64,8 +64,7 @@ def loaded(pipeline: Any, tmp_path: Path) -> Iterator[Callable[..., dict[str, nn
     """Loads modules as written, and gives the models; unloads them at the end."""
 
     def load(modules: Sequence[AdapterModule], naming: Naming) -> dict[str, nn.Module]:
-        data = adapter_bytes(modules, {}, dtype=torch.float32, naming=naming)
-        (tmp_path / "a.safetensors").write_bytes(data)
+        (tmp_path / "a.safetensors").write_bytes(raw_bytes(modules, naming))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # peft tells of patterns it ignores
             pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
@@ -161,10 +160,14 @@ def test_completion_adds_one_layer_that_does_nothing_and_only_where_it_is_needed
         assert (module.rank, module.alpha) == (4, 2.0)
 
 
-def test_completion_knows_the_names_of_files_too() -> None:
-    name = "lora_te_text_model_encoder_layers_10_self_attn_k_proj"
-    added = completed([random_module(name, (8, 8))], "kohya")[1]
-    assert added.name == "lora_te_text_model_encoder_layers_10_self_attn_out_proj"
+def test_each_clip_is_completed_by_itself_and_t5_is_not() -> None:
+    names = [
+        "text_encoder.text_model.encoder.layers.10.self_attn.k_proj",
+        "text_encoder_2.text_model.encoder.layers.3.self_attn.out_proj",
+        "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q",
+    ]
+    added = completed([random_module(name, (8, 8)) for name in names], "kohya")[3:]
+    assert [module.name for module in added] == [names[0].replace("k_proj", "out_proj")]
 
 
 def test_a_denoiser_alone_is_left_as_it_is() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from adapters import file_bytes, kohya_name
+from torch import nn
 from torch.nn.functional import conv2d, linear
 from torch.testing import assert_close
 
 from raylora.adapt.attach import Adapter
 from raylora.adapt.deltas import delta
-from raylora.adapt.keys import kohya_name
-from raylora.adapt.lora_file import AdapterModule, adapter_bytes, read_adapter
-from raylora.adapt.trained import low_ranks
+from raylora.adapt.lora_file import AdapterModule, read_adapter
+from raylora.adapt.trained import trained
 from raylora.base.site import Site
 from raylora.networks import get_network
 
@@ -36,38 +37,44 @@ def adapter() -> Adapter:
 
 
 def test_a_delta_is_what_the_network_adds_at_linears_and_all_convolutions() -> None:
-    made, found = adapter(), low_ranks(adapter())
+    made, found = adapter(), trained(adapter())
     generator = torch.Generator().manual_seed(0)
     for site in SITES:
         size = (2, site.inputs, 6, 6) if site.kind == "conv" else (2, site.inputs)
         x = torch.randn(size, generator=generator, dtype=torch.float64)
-        weight = delta(*found[site.name])
+        pair = found.low_rank(site)
+        assert pair is not None
+        weight = delta(*pair)
         if site.kind == "conv":
             wanted = conv2d(x, weight, stride=site.stride, padding=site.padding)
         else:
             wanted = linear(x, weight)
-        held, scale = made.parameters[site.name], made.scales[site.name]
-        added = made.network.forward(held, x, torch.zeros_like(wanted), scale, site, None)
+        layer = nn.Linear(1, 1)  # a low-rank change has no use for the frozen layer
+        added = made.adapted(site, layer, x, torch.zeros_like(wanted))
         assert_close(added, wanted, rtol=0, atol=1e-12)
+        frozen = torch.ones(weight.shape, dtype=torch.float64)
+        merged = found.merged(site, {"weight": frozen})["weight"]
+        assert_close(merged, frozen + weight, rtol=0, atol=1e-12)
 
 
 def test_they_are_copies_of_this_moment() -> None:
     made = adapter()
-    found = low_ranks(made)
-    before = {name: [half.clone() for half in pair[:2]] for name, pair in found.items()}
+    found = trained(made)
+    before = {name: held["up"].clone() for name, held in found.parameters.items()}
     made.values.data.zero_()
-    for name, (down, up, _) in found.items():
-        assert torch.equal(down, before[name][0])
-        assert torch.equal(up, before[name][1])
-        assert not down.requires_grad
+    for name, held in found.parameters.items():
+        assert torch.equal(held["up"], before[name])
+        assert not held["up"].requires_grad
 
 
 def test_they_are_what_the_file_says() -> None:
     made = adapter()
     modules = [AdapterModule(name, tensors) for name, tensors in made.modules().items()]
-    file = read_adapter(adapter_bytes(modules, {}, dtype=torch.float64))
-    found = low_ranks(made)
-    assert list(found) == [site.name for site in SITES]
-    for name, pair in found.items():
-        held = file.modules[kohya_name(name)]
-        assert_close(delta(*held.low_rank), delta(*pair), rtol=1e-7, atol=0)  # alpha is float32
+    file = read_adapter(file_bytes(modules, dtype=torch.float64))
+    found = trained(made)
+    assert found.kind == "lora"
+    for site in SITES:
+        held, pair = file.modules[kohya_name(site.name)], found.low_rank(site)
+        assert pair is not None
+        # alpha is float32, and the halves are rescaled to the alpha of most.
+        assert_close(delta(*held.low_rank), delta(*pair), rtol=1e-6, atol=1e-12)

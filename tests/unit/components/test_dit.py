@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.bases import random_folder
+from bases import random_folder
 
 from raylora.base.errors import WeightsError
 from raylora.base.site import Place, Site

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract.bases import random_folder
+from bases import random_folder
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoTokenizer, T5EncoderModel

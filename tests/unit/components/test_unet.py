@@ -140,6 +140,14 @@ def test_the_makers_names_are_those_that_diffusers_converts(name: str, config: d
     }
 
 
+@pytest.mark.parametrize(("config", "place"), [(TINY_XL, 2), (EARLY, 1), (SDXL_UNET, 2)])
+def test_a_sampler_follows_what_its_block_has(config: dict[str, Any], place: int):
+    """The makers' blocks are lists: a residual block, attention where there is one, a sampler."""
+    last = config["layers_per_block"]
+    found = sgm("up_blocks.0.upsamplers.0.conv", config)
+    assert found == f"output_blocks.{last}.{place}.conv"
+
+
 @pytest.mark.slow
 def test_blocks_are_counted_as_sd_scripts_counts_them():
     sites = unet_sites(unet_of("sdxl"), lambda path: sgm_block(sgm(path, SDXL_UNET)))

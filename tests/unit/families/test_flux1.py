@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract.bases import random_folder
+from bases import random_folder
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from pydantic import ValidationError

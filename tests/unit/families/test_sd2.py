@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract.bases import random_folder
+from bases import random_folder
 from safetensors.torch import save_file
 from torch.testing import assert_close
 from true_configs import SD15, SD21, Configured

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract.bases import random_folder
+from bases import random_folder
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor

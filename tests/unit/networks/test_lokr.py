@@ -152,6 +152,7 @@ def test_the_file_has_lycoris_words_and_shapes():
     [
         ({"rank": 4}, r"network\.rank 4 would do nothing"),
         ({"alpha": 4.0}, r"read at strength 1\. Leave out network\.alpha"),
+        ({"alphas": {"mlp": 4.0}}, r"read at strength 1\. Leave out network\.alphas"),
         ({"decompose_both": True}, r"network\.decompose_both splits them"),
         ({"tucker": True}, r"network\.tucker splits the larger one"),
     ],

@@ -8,14 +8,15 @@ from pathlib import Path
 import originals
 import pytest
 import torch
+from bases import random_folder
 from children import Child
-from contract.bases import random_folder
 from safetensors.torch import save_file
 from torch import nn
 
 from raylora.base.errors import WeightsError
 from raylora.weights.base import open_base
 from raylora.weights.fill import fill
+from raylora.weights.source import mapped_tensors
 
 CPU = torch.device("cpu")
 LARGE = {
@@ -82,6 +83,18 @@ def test_turned_weights_lie_in_order():
     made = fill(empty(), turned, dtype=torch.float64, device=CPU)
     assert made.linear.weight.is_contiguous()
     assert torch.equal(made.linear.weight, held()["linear.weight"])
+
+
+def test_a_filled_model_may_be_changed_and_the_file_stays(tmp_path: Path):
+    path = tmp_path / "made.safetensors"
+    save_file(held(), path)
+    before = path.read_bytes()
+    made = fill(
+        empty().requires_grad_(False), mapped_tensors(path), dtype=torch.float64, device=CPU
+    )
+    made.linear.weight += 1.0
+    assert made.linear.weight[0].tolist() == [1.0, 2.0]
+    assert path.read_bytes() == before
 
 
 def _anonymous_bytes() -> int:

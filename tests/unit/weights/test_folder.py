@@ -10,7 +10,7 @@ from pathlib import Path
 import originals
 import pytest
 import torch
-from contract.bases import random_folder
+from bases import random_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from raylora.base.errors import WeightsError
 from raylora.base.storage import open_storage
 from raylora.weights import content
 from raylora.weights.base import open_base
+from raylora.weights.folder import read_license
 
 
 @pytest.fixture(autouse=True)
@@ -249,3 +250,25 @@ def test_a_file_in_storage_is_fetched_once_in_pieces(
         open_base(f"{s3_url}/none.safetensors", kind="sd15")
     with pytest.raises(WeightsError, match=r"family\.weights: nothing is under s3://.*/none\."):
         open_base(f"{s3_url}/none", kind="sd15")
+
+
+@pytest.mark.parametrize(
+    ("readme", "license"),
+    [
+        (
+            "---\nlicense: creativeml-openrail-m\ntags:\n- art\n---\n# A base\n",
+            "creativeml-openrail-m",
+        ),
+        ("---\nlicense:\n- mit\n- cc0-1.0\n---\n", "mit, cc0-1.0"),
+        ("---\nlicense: other\nlicense_name: their-own\n---\n", "their-own"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\ntags: [a]\n---\nlicense: mit\n", ""),
+        ("# A base\nlicense: mit\n", ""),
+        ("---\nlicense: mit\n", ""),
+        ("# A base\n---\nlicense: mit\n---\n", ""),
+        ("---\n[: broken\n---\n", ""),
+        ("---\njust text\n---\n", ""),
+    ],
+)
+def test_a_bases_licence_is_what_its_page_names(readme: str, license: str):
+    assert read_license(readme) == (license or None)

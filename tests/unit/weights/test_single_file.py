@@ -7,7 +7,7 @@ from typing import Any
 import originals
 import pytest
 import torch
-from contract.bases import random_folder
+from bases import random_folder
 from torch import Tensor
 
 from raylora.base.errors import WeightsError

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from raylora.weights.base import open_base
+from programs import ROOT, load_program
 
 from raylora.families import Family, get_family
+from raylora.weights.base import open_base
 
-JOBS = Path(__file__).parents[2] / "jobs"
+JOBS = ROOT / "jobs"
 TRAINED = {"sd15": JOBS / "quickstart" / "tiny-sd"}
 """Bases that were really trained; of the others there are random ones."""
 
 
-def _load_maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_bases", JOBS / "smoke" / "make_bases.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKER = _load_maker()
+MAKER = load_program("jobs/smoke/make_bases.py")
 RANDOM = tuple(MAKER.KINDS)
 """Words of `random_folder`: the families, and variants of them (sd35, schnell)."""
 
