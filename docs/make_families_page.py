@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+from raylora.adapt.export_options import ExportOptions, naming_problems
+from raylora.adapt.keys import Naming
 from raylora.adapt.recognise import FAMILIES
 from raylora.base.layers import chosen_sites
 from raylora.base.lookup import plugins
 from raylora.base.site import Site
 from raylora.diffusion.process import Flow
-from raylora.diffusion.samplers import sampler_names
+from raylora.diffusion.samplers import Sampler, sampler_names
 from raylora.families import Family, get_family
 from raylora.networks import get_network
 from raylora.weights.short_names import SHORT_NAMES
-from raylora.weights.true_configs import TrueSize
+from raylora.weights.weightless import true_size
 
 PAGE = Path(__file__).parent / "families.md"
 
@@ -42,6 +44,32 @@ Ready jobs for each family and size of card are in [jobs](../jobs): `jobs/<famil
 `jobs/smoke/<family>.yaml` runs the whole road on a tiny random base in under two minutes on two CPU
 cores. No family but sd15 has trained a real base yet, and none has run on a GPU yet: what is here
 was proven on tiny bases, and on true sizes without weights.
+"""
+
+
+TEXTS = """\
+**Stable Diffusion 2.x.** The text encoder has 23 layers: OpenCLIP-H up to the last but one, with
+its final norm. What is predicted comes from the base's scheduler config; `noise.prediction` sets it
+for single checkpoints that do not say. `rescale_betas_zero_snr` there, or
+`noise.zero_terminal_snr`, trains the last timestep on pure noise.
+
+**SDXL** reads the layer before the last of both encoders, without the final norm. Captions over 75
+tokens are read in chunks, and the pooled text is the first chunk's. Weights in captions change the
+hidden states, not the pooled text. Each picture is told its size as it was found, its true crop and
+its bucket's size, in float32: in bfloat16, 1000 and 1001 would be one number. Previews ask for an
+uncut picture of the size that is drawn.
+
+**SD 3 and FLUX.1.** SD 3 medium, 3.5 medium and 3.5 large, and FLUX.1-dev and -schnell, are told
+apart by the transformer's config; no option says it. SD 3 may come without T5: its part of the text
+is then zeros, and options of T5 are refused. FLUX.1-dev is told guidance 1 in training
+(`family.guidance`) and 3.5 in previews (`preview.embedded_guidance`); schnell is told none and
+draws in 4 steps. Timesteps and guidance reach FLUX in float32: diffusers rounds them to bfloat16
+first, where timesteps near 900 lie 4 apart. T5 is trained only where `network.text_encoders` names
+it.
+
+**Distilled bases** (FLUX.1-schnell, turbo models) forget in training how to draw in a few steps.
+`family.training_adapter` names a LoRA that undoes the distillation: it is on while training and
+measuring, and off in previews and for people.
 """
 
 
@@ -197,7 +225,7 @@ def families_page() -> str:
     """The whole page."""
     lines = [INTRODUCTION, "## The usual bases", "", *_short_names()]
     lines += ["", "## What each family is", "", *_families()]
-    lines += ["", "## Layers", "", *_layers()]
+    lines += ["", TEXTS, "## Layers", "", *_layers()]
     lines += ["", "## Files", "", *_files()]
     lines += ["", "## Where guides and sd-scripts are wrong", "", *_wrong(), ""]
     return "\n".join(lines)
@@ -222,7 +250,7 @@ def _opened(word: str) -> Family:
     """A base of true size, without weights."""
     kind = SHORT_NAMES[word].kind
     family, options = get_family(kind)
-    return family(TrueSize(word), options(kind=kind, weights=word))
+    return family(true_size(word), options(kind=kind, weights=word))
 
 
 def _families() -> Iterator[str]:
@@ -240,12 +268,17 @@ def _families() -> Iterator[str]:
                 f"{options.native_resolution} px",
                 ", ".join(family.text_components),
                 predicts if flow else f"{predicts} (by the base's scheduler)",
-                ", ".join(sampler_names(family.process)),
+                _samplers(family),
                 ", ".join(f"`{name}`" for name in own),
             )
         )
     head = ("kind", "family", "native size", "text encoders", "predicts", "samplers", "own options")
     yield from _table(head, rows)
+
+
+def _samplers(family: Family) -> str:
+    able = sampler_names(family.process)
+    return "all" if len(able) == len(get_args(Sampler)) else ", ".join(able)
 
 
 _COMMON = {"kind", "weights", "vae", "parts", "loras", "training_adapter"}
@@ -282,7 +315,28 @@ def _chosen(family: Family, sites: list[Site], preset: str) -> list[Site]:
 
 
 def _files() -> Iterator[str]:
-    yield "FILES"
+    yield "Which names (`export.naming`) a network's file can have, by family. Every file is read"
+    yield "back before it is published: by diffusers where it has a reader for such files, else by"
+    yield "formulas of LyCORIS' files that share no code with the networks."
+    yield ""
+    kinds = plugins("raylora.families")
+    rows = []
+    for network in plugins("raylora.networks"):
+        options: Any = get_network(network).options()
+        cells = []
+        for kind in kinds:
+            able = [
+                naming
+                for naming in get_args(Naming)
+                if not list(naming_problems(ExportOptions(naming=naming), options, kind))
+            ]
+            cells.append(", ".join(able))
+        rows.append((f"`{network}`", *cells))
+    yield from _table(("`network.kind`", *kinds), rows)
+    yield ""
+    yield "As initial weights, for merging and for pictures raylora reads the files of kohya,"
+    yield "diffusers, peft, ComfyUI, OneTrainer and LyCORIS, by whichever names; a file for another"
+    yield "family is refused by that family's name."
 
 
 def _wrong() -> Iterator[str]:

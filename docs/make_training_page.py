@@ -98,7 +98,8 @@ DRAWS: dict[Purpose, Draw] = {
     "timestep": Draw(
         "sample and step",
         "how noisy the latents are made",
-        "t uniform in min_timestep ... max_timestep - 1",
+        "by `timesteps.draw`; where that is uniform, each of min_timestep ... max_timestep - 1 as "
+        "often",
         _SHOWING,
         "Ho et al. 2020, arXiv 2006.11239",
     ),
@@ -135,7 +136,8 @@ DRAWS: dict[Purpose, Draw] = {
     "dropout": Draw(
         "sample and step",
         "`network.dropout`, `rank_dropout`, `module_dropout`: six words of 32 bits, from which "
-        "each layer's mask is hashed where it is needed",
+        "each layer's mask is hashed where it is needed; two more for DyLoRA's slice of each "
+        "layer",
         "kept where hash(words, layer, place) >= p 2^32",
         _SHOWING,
         "Srivastava et al. 2014; hash: Wellons, lowbias32",
@@ -146,6 +148,13 @@ DRAWS: dict[Purpose, Draw] = {
         "dropped where U(0, 1) < caption_dropout_rate",
         _SHOWING,
         "Ho & Salimans 2022, arXiv 2207.12598",
+    ),
+    "encoder dropout": Draw(
+        "sample and step",
+        "`family.clip_l_dropout`, `clip_g_dropout`, `t5_dropout`: which encoders of a showing are "
+        "silent",
+        "silent where U(0, 1) < its share, each encoder by itself",
+        _SHOWING,
     ),
     "variant": Draw(
         "image",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
-from torch import Tensor
-
-from raylora.weights.base import Base
 from raylora.weights.true_configs import true_configs
+from raylora.weights.weightless import WeightlessBase
 
 SD15 = true_configs("sd15")
 SD21 = true_configs("sd21")
@@ -19,20 +17,11 @@ CLIP_BIG_G = SDXL["text_encoder_2"]
 VAE = SD15["vae"]
 
 
-class Configured(Base):
-    """A base that has configs and nothing else."""
-
-    license = None
+class Configured(WeightlessBase):
+    """A base that has configs, and names that tell of what they were asked for."""
 
     def __init__(self, configs: Mapping[str, Mapping[str, Any]], name: str = "true-size") -> None:
-        self.name = name
-        self._configs = configs
-
-    def has(self, component: str) -> bool:
-        return component in self._configs
-
-    def config(self, component: str) -> dict[str, Any]:
-        return dict(self._configs[component])
+        super().__init__(name, configs)
 
     def content_hash(self, component: str) -> str:
         return f"hash of {component}"
@@ -42,13 +31,3 @@ class Configured(Base):
 
     def fingerprint(self, component: str) -> str:
         return f"fingerprint of {component}"
-
-    def weights(self, component: str) -> dict[str, Tensor]:
-        return _absent(component)
-
-    def tokenizer(self, component: str) -> Any:
-        return _absent(component)
-
-
-def _absent(component: str) -> NoReturn:
-    raise AssertionError(f"{component} was asked for more than its config")

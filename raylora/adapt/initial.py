@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from raylora.adapt.lora_file import DOWN, UP, AdapterFile, AdapterModule
+from raylora.adapt.lora_file import AdapterFile, AdapterModule
 from raylora.adapt.onto import Names, check_sizes, onto, refuse_left
 from raylora.adapt.parameters import network_of, parameters_of, scale_in
 from raylora.adapt.recognise import refuse_others
@@ -65,7 +65,7 @@ def initial_weights(
     found, left = onto(file, every, names.place)
     refuse_left(left)
     # Where both halves are zero, training would never move them: such a module only fills a file.
-    modules = {name: module for name, module in found.items() if not _is_empty(module)}
+    modules = {name: module for name, module in found.items() if not module.is_empty}
     _refuse_untrained(modules, sites, every)
     _refuse_other_kinds(modules, options)
     if options.initial_ranks:
@@ -119,10 +119,6 @@ def _at_scale(module: AdapterModule, site: Site, options: NetworkOptions) -> Wei
         f"network.initial has a strength of {own:g} at {site.name}, and the job of {wanted:g}. "
         f"Set network.alpha so that it is the file's (alpha / rank; its rank is {module.rank})."
     )
-
-
-def _is_empty(module: AdapterModule) -> bool:
-    return module.is_low_rank and not (module.tensors[DOWN].any() or module.tensors[UP].any())
 
 
 def _refuse_untrained(

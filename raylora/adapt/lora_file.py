@@ -69,6 +69,11 @@ class AdapterModule:
         return DOWN in self.tensors and not {kinds.MID, DORA} & set(self.tensors)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether it is of low rank and changes nothing, with both halves zero."""
+        return self.is_low_rank and not (self.tensors[DOWN].any() or self.tensors[UP].any())
+
+    @property
     def rank(self) -> int:
         """Width of the bottleneck; 0 where the kind has none."""
         return kinds.rank_of(self.tensors) or 0

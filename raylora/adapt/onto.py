@@ -69,7 +69,8 @@ def onto(
 ) -> tuple[dict[str, AdapterModule], list[str]]:
     """(site name -> the module for that layer, the file's modules that are for none of the sites).
 
-    Modules carry the site's name. A part of a joined module that changes nothing is left out.
+    Modules carry the site's name. What changes nothing is left out where it is part of a joined
+    module or for no layer: it may be there only so that another reader sees the rest.
 
     Raises:
         WeightsError: two of the file's modules are for one layer, a joined module is of another
@@ -81,7 +82,7 @@ def onto(
     for name, module in file.modules.items():
         places = index.get(with_text_level(name) if name.startswith("text_encoder") else name)
         if places is None:
-            left.append(name)
+            left += [] if module.is_empty else [name]
             continue
         for spot in places:
             part = module if spot.place is None else _as_base_holds(module, spot.place)

@@ -101,26 +101,28 @@ def starts_from_pure_noise(process: AnyProcess) -> bool:
     return isinstance(process, Flow) or float(process.alphas_cumprod[-1]) == 0.0
 
 
+def sampler_names(process: AnyProcess) -> list[Sampler]:
+    """Those that can draw with what was trained."""
+    if isinstance(process, Flow):
+        return list(_FLOW_SAMPLERS)
+    pure = starts_from_pure_noise(process)
+    return [name for name, held in _SCHEDULERS.items() if held.from_pure_noise or not pure]
+
+
 def sampler_problems(samplers: Iterable[Sampler], process: AnyProcess) -> list[str]:
     """Samplers that cannot draw with what was trained, one sentence each.
 
     Args:
         process: as it is trained (`noise.trained_process`).
     """
+    able = sampler_names(process)
+    wrong = [name for name in dict.fromkeys(samplers) if name not in able]
     if isinstance(process, Flow):
-        return [
-            f"{name} is not for flow models. Choose {' or '.join(_FLOW_SAMPLERS)}."
-            for name in dict.fromkeys(samplers)
-            if name not in _FLOW_SAMPLERS
-        ]
-    if not starts_from_pure_noise(process):
-        return []
-    able = ", ".join(name for name, held in _SCHEDULERS.items() if held.from_pure_noise)
+        return [f"{name} is not for flow models. Choose {' or '.join(able)}." for name in wrong]
     return [
         f"{name} cannot start from pure noise, which noise.zero_terminal_snr trains. Choose one of "
-        f"{able}."
-        for name in dict.fromkeys(samplers)
-        if not _SCHEDULERS[name].from_pure_noise
+        f"{', '.join(able)}."
+        for name in wrong
     ]
 
 

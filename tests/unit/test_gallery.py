@@ -54,7 +54,7 @@ def test_what_cannot_be_served_is_found_before_anything_starts(store):
     with pytest.raises(DataError, match="holds no runs"):
         with_base(Library(store), ServeOptions())
     add_run(store, "cats", family__weights=f"{store.url}/nowhere")
-    with pytest.raises(WeightsError, match="nowhere is not a folder"):
+    with pytest.raises(WeightsError, match="nowhere is not there"):
         with_base(Library(store), ServeOptions())
     with pytest.raises(MissingObject, match=r"adapter 'cat': no such run. Near: cats"):
         with_base(Library(store), ServeOptions(base="cat"))

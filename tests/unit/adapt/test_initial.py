@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from adapters import random_module
+from adapters import SD15, kohya_name, raw_bytes, random_module
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
-from raylora.adapt.initial import Initial, initial_weights
-from raylora.adapt.keys import Naming, kohya_name
+from raylora.adapt import initial
+from raylora.adapt.initial import Initial
+from raylora.adapt.keys import Naming
 from raylora.adapt.lora_file import (
     DOWN,
     UP,
@@ -21,14 +23,16 @@ from raylora.adapt.lora_file import (
     adapter_bytes,
     read_adapter,
 )
+from raylora.adapt.onto import onto
 from raylora.base.errors import WeightsError
 from raylora.base.site import Site
+from raylora.networks import NetworkOptions, get_network
 from raylora.networks.locon import LoconOptions
 from raylora.networks.lora import LoraOptions
 
 PROJ = Site("unet.mid_block.attentions.0.proj_in", "conv", 6, 4)
 Q = Site("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "linear", 4, 5)
-CONV = Site("unet.mid_block.resnets.0.conv1", "conv", 4, 7, (3, 3), (1, 1), (1, 1))
+CONV = Site("unet.mid_block.resnets.0.conv1", "conv", 4, 7, (3, 3), (1, 1), (1, 1), role="residual")
 TEXT = Site("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "linear", 8, 8)
 SITES = [PROJ, Q, CONV, TEXT]
 
@@ -39,7 +43,17 @@ def module(site: Site, *, rank: int = 3, alpha: float = 1.5) -> AdapterModule:
 
 
 def file(*modules: AdapterModule, naming: Naming = "kohya") -> AdapterFile:
-    return read_adapter(adapter_bytes(modules, {}, dtype=torch.float32, naming=naming))
+    return read_adapter(raw_bytes(modules, naming))
+
+
+def initial_weights(
+    held: AdapterFile,
+    sites: list[Site],
+    options: NetworkOptions,
+    fresh: Callable[[Site], Any],
+    every: list[Site] = SITES,
+) -> Initial:
+    return initial.initial_weights(held, sites, options, fresh, SD15, every)
 
 
 def fresh(site: Site) -> dict[str, NDArray[np.float64]]:
@@ -52,9 +66,14 @@ def delta(found: Initial, site: Site) -> NDArray[np.float64]:
     return found.scales[site.name] * np.tensordot(up, down, 1)
 
 
+def delta_of(held: AdapterFile, site: Site) -> NDArray[np.float64]:
+    name = site.name if held.spelling == "diffusers" else kohya_name(site.name)
+    return held.delta(name).numpy()
+
+
 def assert_deltas(found: Initial, held: AdapterFile, sites: list[Site]) -> None:
     for site in sites:
-        wanted = held.delta(kohya_name(site.name)).numpy()
+        wanted = delta_of(held, site)
         if site.kernel == (1, 1):
             wanted = wanted.reshape(site.outputs, site.inputs)
         assert_allclose(delta(found, site), wanted, rtol=1e-13, atol=1e-17)
@@ -69,7 +88,7 @@ def test_the_files_delta_is_kept_at_the_jobs_own_scale(naming: Naming) -> None:
     assert [found.scales[site.name] for site in SITES] == [4.0, 4.0, 0.9 / 3, 4.0]
     assert_deltas(found, held, SITES)
     for site in SITES:  # down is the file's, so that its length is what training goes on from
-        down = held.modules[kohya_name(site.name)].tensors[DOWN].double().numpy()
+        down = onto(held, SITES, SD15.place)[0][site.name].tensors[DOWN].double().numpy()
         assert_allclose(found.weights[site.name]["down"].ravel(), down.ravel(), rtol=0, atol=0)
     assert found.weights[CONV.name]["down"].shape == (3, 4, 3, 3)
     assert found.weights[PROJ.name]["down"].shape == (3, 6)
@@ -130,17 +149,53 @@ def test_layers_that_the_job_does_not_train_are_refused_with_what_would_train_th
         initial_weights(
             file(module(PROJ), module(left)), [PROJ], LoraOptions(rank=3, **options), fresh
         )
-    assert kohya_name(left.name) in str(caught.value)
+    assert left.name in str(caught.value)
 
 
 def test_a_file_for_another_base_is_refused() -> None:
     wider = Site(Q.name, "linear", 9, 5)
-    with pytest.raises(WeightsError, match=r"from 9 to 5 channels, the base's from 4 to 5"):
+    with pytest.raises(WeightsError, match="a weight of 5 x 9, the base's of 5 x 4"):
         initial_weights(file(module(wider)), [Q], LoraOptions(rank=3), fresh)
     pointwise = Site(CONV.name, "conv", 4, 7)
-    with pytest.raises(WeightsError, match="kernel of 1x1, the base's of 3x3"):
+    with pytest.raises(WeightsError, match="a weight of 7 x 4 x 1 x 1, the base's of 7 x 4 x 3"):
         initial_weights(file(module(pointwise)), [CONV], LoraOptions(rank=3), fresh)
-    foreign = file(module(Q))
-    foreign.modules["lora_te2_a"] = foreign.modules.pop(kohya_name(Q.name))
-    with pytest.raises(WeightsError, match="lora_te2_a: no layer of Stable Diffusion"):
+    foreign = read_adapter(
+        adapter_bytes([AdapterModule("lora_te2_a", module(Q).tensors)], {}, dtype=torch.float32)
+    )
+    with pytest.raises(
+        WeightsError, match=r"is for SDXL or .*, and the base is Stable Diff"
+    ):
         initial_weights(foreign, [Q], LoraOptions(rank=3), fresh)
+
+
+def test_tuckers_three_factors_begin_as_two_with_the_same_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "lora_down.weight": torch.randn(3, 4, 1, 1, generator=generator),
+        "lora_mid.weight": torch.randn(3, 3, 3, 3, generator=generator),
+        "lora_up.weight": torch.randn(7, 3, 1, 1, generator=generator),
+        "alpha": torch.tensor(1.5),
+    }
+    name = kohya_name(CONV.name)
+    held = read_adapter(adapter_bytes([AdapterModule(name, tensors)], {}, dtype=torch.float32))
+    options = LoconOptions(rank=3, conv_rank=3, conv_alpha=3.0)
+    found = initial_weights(held, [CONV], options, fresh)
+    down, mid, up = (tensors[f"lora_{w}.weight"].double().numpy() for w in ("down", "mid", "up"))
+    wanted = 0.5 * np.einsum("oa,abhw,bi->oihw", up[:, :, 0, 0], mid, down[:, :, 0, 0])
+    assert_allclose(delta(found, CONV), wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_another_kind_of_network_is_refused_with_what_would_take_it() -> None:
+    halves = {f"hada_w{n}_{h}": torch.ones(5 if h == "a" else 3, 3 if h == "a" else 4)
+              for n in "12" for h in "ab"}  # fmt: skip
+    held = read_adapter(
+        adapter_bytes([AdapterModule(kohya_name(Q.name), halves)], {}, dtype=torch.float32)
+    )
+    with pytest.raises(WeightsError, match=r"has loha at .*Set network\.kind: loha"):
+        initial_weights(held, [Q], LoraOptions(rank=3), fresh)
+    found = initial_weights(held, [Q], get_network("loha").options(rank=3), fresh)
+    assert {word: array.shape for word, array in found.weights[Q.name].items()} == {
+        word: tuple(half.shape) for word, half in halves.items()
+    }
+    with pytest.raises(WeightsError, match=r"of 1 at .* the job of 2"):
+        initial_weights(held, [Q], get_network("loha").options(rank=3, alpha=6.0), fresh)
