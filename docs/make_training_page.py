@@ -22,8 +22,8 @@ from raylora.job import Job
 PAGE = Path(__file__).parent / "training.md"
 
 SECTIONS = (
-    *("family", "network", "optimizer", "schedule", "loss", "noise", "training", "ema"),
-    *("validation", "preview", "memory", "export", "log"),
+    *("family", "network", "optimizer", "schedule", "loss", "noise", "timesteps", "training"),
+    *("ema", "validation", "preview", "memory", "export", "log"),
 )
 
 INTRODUCTION = """\
@@ -47,7 +47,6 @@ are flags of a prompt in a `--sample_prompts` file.
 """
 
 SAID_HERE = {
-    "family.clip_skip": "--clip_skip",
     "family.max_tokens": "--max_token_length",
     "family.weights": "--pretrained_model_name_or_path",
     "family.weighted_captions": "--weighted_captions",
@@ -273,9 +272,26 @@ DIFFERENCES: tuple[str, ...] = (
     "`clip_sample` is not forced on, `pndm` goes without Runge-Kutta warm-up steps, and steps are "
     "spaced as the base says. Under `noise.zero_terminal_snr` pictures start from pure noise; "
     "there the plain schedule is sampled. A size that the base cannot draw is an error and not "
-    "rounded, and so is a flag that is not known or means nothing for SD 1.x (`--g`, `--cn`, "
-    "`--ctr`, `--rcfg`, `--fs`). Guidance is 7 and steps are 20 where nothing is said, there 7.5 "
-    "and 30.",
+    "rounded, and so is a flag that is not known or means nothing for the base (`--g` but for "
+    "FLUX.1-dev, `--cn`, `--ctr`, `--rcfg`, `--fs`). Where nothing is said, sampler, steps and "
+    "guidance are those of the family.",
+    "**Timesteps.** SD 3 and FLUX draw any number from 0 to 1000 and not whole ones. FLUX honours "
+    "`training.min_timestep` and `max_timestep`, which are ignored there. What goes by a "
+    "signal-to-noise ratio is refused for flow models, where it is ignored there. Only the raw "
+    "prediction exists; SD 3's comparison of pictures is `loss.weight.name: x0` and off. "
+    "`sigma_sqrt` takes sigma as at least 0.001, so that no sample outweighs a run.",
+    "**Layers.** Globs over diffusers' names in place of regular expressions; `optimizer.rates` "
+    "are factors, so that schedule, block rates and LoRA+ act besides. `network.ranks` add none. "
+    "Lists of another length than the base has blocks are refused. In FLUX and SD 3, q, k and v "
+    "have an adapter each, and files join them with the alpha that every reader needs.",
+    "**Networks.** A DyLoRA slice belongs to (seed, step, sample, layer) and not to the whole "
+    "batch. `rank` of OFT is a block's size, there the number of blocks; its files hold blocks "
+    "within their limit, so that readers which limit otherwise apply what was trained. PiSSA "
+    "leaves the base alone: the file is an ordinary LoRA of twice the rank. Strength is linear in "
+    "the change for every network.",
+    "**SDXL.** `family.clip_skip` is 2 and nothing else, since the base was trained so; there "
+    "another value is warned of. SD 2's projections are saved as matrices, which diffusers reads, "
+    "and not as 1x1 convolutions, which it refuses there.",
 )
 """What trains, measures or draws otherwise than sd-scripts, and why; one paragraph each."""
 
@@ -286,7 +302,7 @@ class Entry(NamedTuple):
     """One option.
 
     Attributes:
-        kind: of the section, where others lack the option.
+        kind: of the section, where other kinds lack the option or mean something else by it.
     """
 
     path: str
@@ -331,21 +347,36 @@ def known_names(entry: Entry) -> dict[str, str]:
 
 
 def _entries(place: str, field: Schema, known: dict[str, Schema]) -> Iterator[Entry]:
-    """The options of a section and of those within it; what several kinds share comes once."""
-    found = sorted(sections_in(field, known), key=lambda one: len(one["properties"]))
-    told: set[str] = set()
-    for section in found:
-        kind = section["properties"].get("kind", {}).get("const", "")
-        for word, inner in section["properties"].items():
-            if word in told:
-                continue
-            told.add(word)
+    """The options of a section and of those within it; what several kinds share comes once.
+
+    Where kinds say different things of a word, it comes once for each thing that is said.
+    """
+    found = sorted(sections_in(field, known), key=_usual_first)
+    words = dict.fromkeys(word for section in found for word in section["properties"])
+    for word in words:
+        having = [section for section in found if word in section["properties"]]
+        meanings: dict[str, list[Schema]] = {}
+        for section in having:
+            text = section["properties"][word].get("description", "")
+            meanings.setdefault(text, []).append(section)
+        for sections in meanings.values():
+            inner = sections[0]["properties"][word]
             path, within = f"{place}.{word}", sections_in(inner, known)
             if not ("$ref" in inner and within):
-                needed = word in section.get("required", [])
-                yield Entry(path, inner, needed, kind if section is not found[0] else "")
+                needed = word in sections[0].get("required", [])
+                kinds = sorted(_kind(section) for section in sections)
+                everywhere = len(sections) == len(found) or word == "kind"
+                yield Entry(path, inner, needed, "" if everywhere else ", ".join(kinds))
             if within:
                 yield from _entries(f"{path}.N" if _is_list(inner) else path, inner, known)
+
+
+def _kind(section: Schema) -> str:
+    return str(section["properties"].get("kind", {}).get("const", ""))
+
+
+def _usual_first(section: Schema) -> tuple[bool, int]:
+    return _kind(section) not in ("", "lora", "sd15"), len(section["properties"])
 
 
 def _kinds(section: str, known: dict[str, Schema]) -> list[str]:

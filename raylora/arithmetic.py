@@ -123,7 +123,8 @@ def token_advice(tokens: dict[str, Any], family: Family) -> str | None:
         return None
     fits = [size for size in family.longer_tokens if size >= tokens["longest"]]
     longer = fits or family.longer_tokens[-1:]
-    advice = f"Set family.max_tokens: {longer[0]}." if longer else "Shorten them."
+    usual = family.token_advice or "Shorten them."
+    advice = f"Set family.max_tokens: {longer[0]}." if longer else usual
     return (
         f"{tokens['cut_off']} of {tokens['counted']} captions are longer than the "
         f"{tokens['read']} tokens that are read; the rest of them is cut off. The longest has "

@@ -79,7 +79,7 @@ def adapter_facts(
         vae_name=PurePosixPath(job.family.vae).name if job.family.vae else None,
         gradient_checkpointing=job.memory.gradient_checkpointing,
         clip_skip=_skipped(int(about.get("ss_clip_skip", 1))),
-        max_token_length=_chunked(family.max_tokens),
+        max_token_length=None if isinstance(family.process, Flow) else _chunked(family.max_tokens),
         timestep_range=_timestep_range(job, family),
         prior_loss_weight=job.data.prior_loss_weight,
         cached_latents=not job.data.pictures_live,
@@ -187,7 +187,7 @@ def _network_module(job: Job) -> str:
     if kind not in ("lora", "locon"):
         return "lycoris.kohya"
     own = {"sd3": "networks.lora_sd3", "flux1": "networks.lora_flux"}
-    return own.get(job.family.kind, "networks.lora")
+    return own.get(job.family.layout, "networks.lora")
 
 
 _LYCORIS = {
@@ -213,7 +213,17 @@ def _network_args(job: Job) -> dict[str, str]:
         "mid_lr_weight": blocks.mid,
         "up_lr_weight": blocks.up,
         "block_lr_zero_threshold": blocks.zero_threshold or None,
+        "train_double_block_indices": network.blocks.get("double"),
+        "train_single_block_indices": network.blocks.get("single"),
+        "train_block_indices": network.blocks.get("joint"),
     }
+    lists = {
+        "block_dims": network.block_ranks,
+        "block_alphas": network.block_alphas,
+        "conv_block_dims": network.conv_block_ranks,
+        "conv_block_alphas": network.conv_block_alphas,
+    }
+    words |= {word: held for word, held in lists.items() if isinstance(held, tuple)}
     if isinstance(network, LoconOptions):
         conv_rank = network.conv_rank or network.rank
         words |= {"conv_dim": conv_rank, "conv_alpha": network.conv_alpha or conv_rank}

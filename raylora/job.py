@@ -221,7 +221,7 @@ def _part_problems(job: Job) -> Iterable[str]:
             "it, or leave initial_ranks out."
         )
     yield from _initial_problems(network)
-    yield from naming_problems(job.export, network, job.family.kind)
+    yield from naming_problems(job.export, network, job.family.layout)
     yield from _idle_problems(job)
     yield from rate_problems(
         optimizer,

@@ -52,7 +52,7 @@ def open_family(job: Job) -> Family:
     options = job.family
     make, _ = get_family(options.kind)
     parts = dict(options.parts) if options.vae is None else {**options.parts, "vae": options.vae}
-    family = make(open_base(options.weights, kind=options.kind, parts=parts), options)
+    family = make(open_base(options.weights, kind=options.layout, parts=parts), options)
     if options.loras:
         files = [
             (_read_file(one.file, f"family.loras.{i}.file"), one)

@@ -86,13 +86,18 @@ def file_bytes(
     return adapter_bytes(laid_out(modules, names, naming), metadata or {}, dtype=dtype)
 
 
-def raw_bytes(modules: Sequence[AdapterModule], naming: Naming = "kohya") -> bytes:
-    """A file without what makes it readable for diffusers: of float32."""
+def raw_bytes(
+    modules: Sequence[AdapterModule],
+    naming: Naming = "kohya",
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> bytes:
+    """A file without what makes it readable for diffusers."""
     if naming == "kohya":
         named = [AdapterModule(kohya_name(one.name), one.tensors) for one in modules]
     else:
         named = [_in_diffusers_words(one) for one in modules]
-    return adapter_bytes(named, {}, dtype=torch.float32)
+    return adapter_bytes(named, {}, dtype=dtype)
 
 
 def site_of_module(module: AdapterModule) -> Site:

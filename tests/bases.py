@@ -47,4 +47,5 @@ def open_tiny(kind: str, folder: Path | None = None, **words: Any) -> Family:
     """A family on its tiny base, or on a folder."""
     family, options = get_family(kind)
     place = folder or tiny_folder(kind)
-    return family(open_base(str(place), kind=kind), options(kind=kind, weights=str(place), **words))
+    base = open_base(str(place), kind=options.layout)
+    return family(base, options(kind=kind, weights=str(place), **words))

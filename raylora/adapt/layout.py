@@ -41,13 +41,12 @@ def laid_out(modules: Sequence[AdapterModule], names: Names, naming: Naming) -> 
     """
     if naming == "diffusers":
         _refuse_unnamed(modules)
-        return [_in_diffusers_words(module) for module in readable(modules, naming)]
+        return [_in_diffusers_words(module) for module in readable(modules, naming, alphas=False)]
     if naming == "comfyui" and names.kind in ("sd15", "sd2"):
         raise ExportError(
             f"Not saved: ComfyUI reads kohya's names for {names.kind}. Set export.naming to kohya."
         )
-    if naming == "kohya" and names.kind in UNET_KINDS:
-        modules = readable(modules, naming)
+    modules = readable(modules, naming, alphas=naming == "kohya" and names.kind in UNET_KINDS)
     places = {module.name: names.place(module.name) for module in modules}
     moved = [module for module in modules if _is_moved(places[module.name])]
     apart = any(not module.is_low_rank for module in moved)

@@ -27,13 +27,18 @@ from raylora.base.errors import ExportError
 _CLIP_LAYER = re.compile(r"(text_encoder\w*)\.(text_model\.encoder\.layers\.\d+\.)(.+)")
 
 
-def readable(modules: Sequence[AdapterModule], naming: Naming) -> list[AdapterModule]:
-    """The same adapter, as a file of that naming has to hold it; modules are named by sites."""
-    if naming == "diffusers":
-        return completed(modules, naming)
-    if any(not module.is_low_rank for module in modules):
-        return list(modules)  # diffusers reads no such file of kohya's naming
-    return one_alpha(completed(modules, naming))
+def readable(
+    modules: Sequence[AdapterModule], naming: Naming, *, alphas: bool = True
+) -> list[AdapterModule]:
+    """The same adapter, as a file of that naming has to hold it; modules are named by sites.
+
+    Args:
+        alphas: whether alphas have to be one for each model.
+    """
+    if naming != "diffusers" and any(not module.is_low_rank for module in modules):
+        return list(modules)  # diffusers reads no such file
+    found = completed(modules, naming)
+    return one_alpha(found) if alphas else found
 
 
 def completed(modules: Sequence[AdapterModule], naming: Naming) -> list[AdapterModule]:

@@ -53,7 +53,7 @@ def command(file: Path, base: str, family: str | None, as_json: bool) -> dict[st
     kind = family or _family_of(file, adapter)
     make, options = get_family(kind)
     report = verify_predictions(
-        file, make(open_base(base, kind=kind), options(kind=kind, weights=base))
+        file, make(open_base(base, kind=options.layout), options(kind=kind, weights=base))
     )
     hashed = [word for word, fits in adapter.hash_checks.items() if fits]
     if not as_json:

@@ -16,6 +16,8 @@ from raylora.components.sites import expect_layers, site_of
 from raylora.weights.base import Base
 from raylora.weights.fill import fill
 
+MOST_T5_TOKENS = 512
+"""What T5 was trained with; bases were trained with no more."""
 _EMBEDDINGS = ("encoder.embed_tokens.weight", "shared.weight")
 _LAYER = re.compile(r"encoder\.block\.(?P<number>\d+)\.layer\.\d+\.(?P<rest>.+)")
 

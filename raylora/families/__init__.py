@@ -49,11 +49,14 @@ class FamilyOptions(Options):
     """Which base model.
 
     Attributes:
+        layout: the family whose checkpoints and files its bases have: its own word, or another's
+            where it is a variant of that.
         native_resolution: side in pixels of the square pictures that the family's bases were
             trained on; what a job gets that names no resolution.
         bucket_step: sides of buckets are multiples of this many pixels where a job names no other.
     """
 
+    layout: ClassVar[str]
     native_resolution: ClassVar[int]
     bucket_step: ClassVar[int]
 
@@ -118,6 +121,8 @@ class Family(ABC):
         max_tokens: tokens of a caption that are read; what is longer is cut off. None where the
             family has no such limit to choose.
         longer_tokens: the larger values that `family.max_tokens` may be set to, rising.
+        token_advice: what else lets more tokens be read, where `longer_tokens` is empty; "" is
+            nothing.
         text_bytes: size of one caption in the cache, for estimates.
         wants_geometry: batches bring `geometry`, (B, 6) float32: the picture's height and width as
             it was found, its true crop's top and left once it was resized, the bucket's height and
@@ -146,6 +151,7 @@ class Family(ABC):
     metadata: dict[str, str]
     max_tokens: int | None
     longer_tokens: tuple[int, ...]
+    token_advice: str = ""
     text_bytes: int
     wants_geometry: bool = False
     encoder_dropout: tuple[float, ...] = ()

@@ -36,6 +36,7 @@ from raylora.components.dit import (
 )
 from raylora.components.pipelines import Conditions, base_scheduler
 from raylora.components.t5 import (
+    MOST_T5_TOKENS,
     count_caption_tokens,
     empty_t5,
     load_t5,
@@ -63,6 +64,7 @@ _TEXT_MASK = "text_mask"
 class Flux1Options(FamilyOptions):
     """FLUX.1-dev, FLUX.1-schnell and models of their layout."""
 
+    layout: ClassVar[str] = "flux1"
     native_resolution: ClassVar[int] = 1024
     bucket_step: ClassVar[int] = 64
 
@@ -82,7 +84,7 @@ class Flux1Options(FamilyOptions):
     t5_max_tokens: int | None = Field(
         None,
         ge=77,
-        le=512,
+        le=MOST_T5_TOKENS,
         json_schema_extra=known_as(
             sd_scripts="--t5xxl_max_token_length", guides="T5 sequence length"
         ),
@@ -137,6 +139,8 @@ class Flux1(Family):
         self.usual_embedded_guidance = 3.5 if self.guided else None
         self.max_tokens = self._length - 1
         self.longer_tokens = ()
+        if self._length < MOST_T5_TOKENS:
+            self.token_advice = f"Set family.t5_max_tokens, up to {MOST_T5_TOKENS}."
         widths = int(config["joint_attention_dim"]) + self._masked
         pooled = int(config["pooled_projection_dim"])
         self.text_bytes = (self._length * widths + pooled) * _FLOAT32_BYTES

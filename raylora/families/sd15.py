@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raylora.base.encoder import Encoder
+from raylora.base.options import known_as
 from raylora.base.site import Place, Site
 from raylora.components.cache_encoder import CacheEncoder
 from raylora.components.clip import (
@@ -45,11 +46,12 @@ _FLOAT32_BYTES = 4
 class Sd15Options(ClipTextOptions, FamilyOptions):
     """Stable Diffusion 1.x and models of its layout."""
 
+    layout: ClassVar[str] = "sd15"
     native_resolution: ClassVar[int] = 512
     bucket_step: ClassVar[int] = 64
 
     kind: Literal["sd15"] = "sd15"
-    clip_skip: int = Field(1, ge=1)
+    clip_skip: int = Field(1, ge=1, json_schema_extra=known_as(sd_scripts="--clip_skip"))
     """Which layer of CLIP the text is taken from, counted from the last, which is 1. Many anime
     bases were trained with 2. Previews use the same."""
 

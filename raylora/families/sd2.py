@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from raylora.base.options import known_as
 from raylora.components.clip import ClipTextOptions, check_clip_skip
 from raylora.components.unet import check_stable_diffusion
 from raylora.families import FamilyOptions
@@ -20,11 +21,12 @@ from raylora.families.sd15 import Sd15
 class Sd2Options(ClipTextOptions, FamilyOptions):
     """Stable Diffusion 2.0 and 2.1, of 512 and of 768 pixels, and models of their layout."""
 
+    layout: ClassVar[str] = "sd2"
     native_resolution: ClassVar[int] = 768
     bucket_step: ClassVar[int] = 64
 
     kind: Literal["sd2"] = "sd2"
-    clip_skip: int = Field(1, ge=1)
+    clip_skip: int = Field(1, ge=1, json_schema_extra=known_as(sd_scripts="--clip_skip"))
     """Which layer of the text encoder the text is taken from, counted from the last that the base
     has, which is 1: the last but one of OpenCLIP-H, that these models were trained with. Previews
     use the same."""

@@ -37,6 +37,7 @@ from raylora.components.dit import (
 )
 from raylora.components.pipelines import base_scheduler
 from raylora.components.t5 import (
+    MOST_T5_TOKENS,
     count_caption_tokens,
     empty_t5,
     load_t5,
@@ -61,6 +62,7 @@ _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", _T5
 class Sd3Options(FamilyOptions):
     """Stable Diffusion 3 medium, 3.5 medium, 3.5 large and models of their layout."""
 
+    layout: ClassVar[str] = "sd3"
     native_resolution: ClassVar[int] = 1024
     bucket_step: ClassVar[int] = 64
 
@@ -68,7 +70,7 @@ class Sd3Options(FamilyOptions):
     t5_max_tokens: int = Field(
         256,
         ge=77,
-        le=512,
+        le=MOST_T5_TOKENS,
         json_schema_extra=known_as(
             sd_scripts="--t5xxl_max_token_length", guides="T5 sequence length"
         ),
@@ -136,6 +138,8 @@ class Sd3(Family):
         self.usual_guidance = 7.0 if model == "medium" else 4.5
         self.max_tokens = options.t5_max_tokens - 1 if self._has_t5 else _CLIP_TOKENS - 2
         self.longer_tokens = ()
+        if self._has_t5 and options.t5_max_tokens < MOST_T5_TOKENS:
+            self.token_advice = f"Set family.t5_max_tokens, up to {MOST_T5_TOKENS}."
         text = (_CLIP_TOKENS + options.t5_max_tokens) * self._text_width
         self.text_bytes = (text + sum(self._pooled_widths)) * _FLOAT32_BYTES
         self.metadata = {

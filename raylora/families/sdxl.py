@@ -33,6 +33,7 @@ _FLOAT32_BYTES = 4
 class SdxlOptions(ClipTextOptions, FamilyOptions):
     """Stable Diffusion XL and models of its layout, that predict epsilon or v."""
 
+    layout: ClassVar[str] = "sdxl"
     native_resolution: ClassVar[int] = 1024
     bucket_step: ClassVar[int] = 64
 

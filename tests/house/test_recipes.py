@@ -43,7 +43,7 @@ def test_each_recipe_is_a_plug_in_once_its_file_is_there(tmp_path: Path) -> None
     tree = small_job(str(tmp_path / "store"), training__steps=2).plain()
     tree["data"]["folder"] = str(ROOT / "jobs/quickstart/demo-data/holdout")
     tree["family"]["kind"] = "sd15_skip2"
-    tree["network"] |= {"kind": "rslora", "rank": 4, "alpha": 6}
+    tree["network"] = {"kind": "gain", "rank": 4, "alpha": 6}
     (tmp_path / "job.yaml").write_text(json.dumps(tree))
     places = [str(tmp_path / name) for name in ("recipes", "job.yaml", "store")]
     done = subprocess.run(
@@ -52,5 +52,5 @@ def test_each_recipe_is_a_plug_in_once_its_file_is_there(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"runs": {"ink-icon": 2}}
     file = read_adapter(tmp_path / "store/runs/ink-icon/ink-icon.safetensors")
-    # Strength alpha / sqrt(rank) = 3; readers divide the file's alpha by the rank.
-    assert {module.alpha for module in file.modules.values()} == {12.0}
+    assert {module.alpha for module in file.modules.values()} == {6.0}
+    assert all(module.rank == 4 for module in file.modules.values())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapters import SD15, kohya_name, raw_bytes, random_module
+from adapters import SD15, kohya_name, random_module, raw_bytes
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
@@ -162,9 +162,7 @@ def test_a_file_for_another_base_is_refused() -> None:
     foreign = read_adapter(
         adapter_bytes([AdapterModule("lora_te2_a", module(Q).tensors)], {}, dtype=torch.float32)
     )
-    with pytest.raises(
-        WeightsError, match=r"is for SDXL or .*, and the base is Stable Diff"
-    ):
+    with pytest.raises(WeightsError, match=r"is for SDXL or .*, and the base is Stable Diff"):
         initial_weights(foreign, [Q], LoraOptions(rank=3), fresh)
 
 

@@ -1,155 +1,126 @@
-"""Names of layers: raylora's, the LoRA file's, diffusers'."""
+"""The names in LoRA files, in every program's spelling."""
 
 from __future__ import annotations
 
 import pytest
-from adapters import SD15_MODULES, SHAPES, sd15_components
+import torch
+from adapters import SD15_MODULES, kohya_name, sd15_components
 from torch import nn
 
 from raylora.adapt.keys import (
-    component_of,
+    WORDS,
     find_module,
-    is_peft_key,
-    kohya_name,
-    kohya_to_module,
-    layers_by_file_name,
-    module_name,
-    module_names,
-    peft_key,
-    split_peft_key,
+    layer_at,
+    spelling_of,
+    split_key,
+    with_text_level,
 )
 from raylora.base.errors import WeightsError
 
+DOWN, UP = "lora_down.weight", "lora_up.weight"
+ATTENTION = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("key", "name", "word"),
     [
-        (
-            "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
-        ),
-        (
-            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
-            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0",
-        ),
-        ("unet.up_blocks.1.attentions.2.proj_in", "lora_unet_up_blocks_1_attentions_2_proj_in"),
-        (
-            "text_encoder.text_model.encoder.layers.11.self_attn.q_proj",
-            "lora_te_text_model_encoder_layers_11_self_attn_q_proj",
-        ),
+        (f"lora_unet_mid_block.{DOWN}", "lora_unet_mid_block", DOWN),
+        ("lora_te2_text_model_x.alpha", "lora_te2_text_model_x", "alpha"),
+        ("lora_unet_a.dora_scale", "lora_unet_a", "dora_scale"),
+        ("lora_unet_a.weight", "lora_unet_a", "weight"),
+        ("lora_unet_a.a1.weight", "lora_unet_a", "a1.weight"),
+        ("lycoris_transformer_blocks_0.lokr_w2_a", "lycoris_transformer_blocks_0", "lokr_w2_a"),
+        (f"lora_transformer_proj_out.{UP}", "lora_transformer_proj_out", UP),
+        ("transformer.proj_out.lora_A.weight", "transformer.proj_out", DOWN),
+        ("text_encoder_2.a.lora_B.weight", "text_encoder_2.a", UP),
+        ("unet.a.lora_magnitude_vector", "unet.a", "dora_scale"),
+        ("base_model.model.a.b.lora_A.default.weight", "base_model.model.a.b", DOWN),
+        ("base_model.model.a.b.lora_magnitude_vector.weight", "base_model.model.a.b", "dora_scale"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
+         "diffusion_model.double_blocks.0.img_attn.qkv", DOWN),
+        (f"diffusion_model.img_in.{DOWN}", "diffusion_model.img_in", DOWN),
+        (f"text_encoders.clip_l.transformer.a.{UP}", "text_encoders.clip_l.transformer.a", UP),
+        # diffusers' older spellings
+        (f"{ATTENTION}.processor.to_q_lora.down.weight", f"{ATTENTION}.to_q", DOWN),
+        (f"{ATTENTION}.processor.to_out_lora.up.weight", f"{ATTENTION}.to_out.0", UP),
+        ("unet.a.lora.down.weight", "unet.a", DOWN),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.up.weight",
+         "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", UP),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight",
+         "text_encoder.text_model.encoder.layers.0.self_attn.out_proj", UP),
+        ("text_encoder.a.mlp.fc1.lora_linear_layer.down.weight", "text_encoder.a.mlp.fc1", DOWN),
+    ],
+)  # fmt: skip
+def test_a_key_is_told_apart_into_module_and_word(key: str, name: str, word: str) -> None:
+    assert split_key(key) == (name, word)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "vae.a.lora_A.weight",
+        "unet.lora_A.weight",
+        "lora_unet_a.dora_magnitude",
+        "lora_unet_a.b.alpha",  # kohya's names have no dots
+        "oft_unet_a.oft_blocks",  # of sd-scripts' own OFT, which is another
+        "alpha",
     ],
 )
-def test_a_layer_is_named_as_sd_scripts_names_it_and_back(ours: str, theirs: str) -> None:
-    assert kohya_name(ours) == theirs
-    assert kohya_to_module(theirs, [ours, *SHAPES]) == ours
+def test_what_is_no_adapters_key_is_nobodys(key: str) -> None:
+    assert split_key(key) is None
 
 
-def test_a_name_from_a_file_stays_as_it_is() -> None:
-    assert (
-        kohya_name("lora_unet_mid_block_resnets_0_conv1") == "lora_unet_mid_block_resnets_0_conv1"
-    )
+def test_no_word_is_hidden_by_one_that_is_its_end() -> None:
+    for word in WORDS:
+        assert split_key(f"lora_unet_a.{word}") == ("lora_unet_a", word)
 
 
-def test_a_component_without_a_name_in_files_is_refused() -> None:
-    with pytest.raises(WeightsError, match=r"begin with one of unet\., text_encoder\."):
-        kohya_name("vae.decoder.conv_in")
-
-
-def test_a_layer_the_base_lacks_is_refused() -> None:
-    with pytest.raises(
-        WeightsError, match="lora_unet_double_blocks_0_img_attn_qkv: the base has no"
-    ):
-        kohya_to_module("lora_unet_double_blocks_0_img_attn_qkv", SHAPES)
-
-
-@pytest.mark.parametrize(
-    "path", ["encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"]
-)
-def test_the_text_encoders_name_is_the_same_with_and_without_its_extra_level(path: str) -> None:
-    name = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
-    assert module_name("text_encoder", path) == name
-    layer = nn.Linear(2, 2)
-    model = nn.Module()
-    level = model
-    for word in path.split(".")[:-1]:
-        level.add_module(word, nn.Module())
-        level = level.get_submodule(word)
-    level.add_module("fc1", layer)
-    assert module_names("text_encoder", model) == [name]
-    assert find_module({"text_encoder": model}, name) is layer
-
-
-def test_a_missing_layer_or_component_is_named() -> None:
-    with pytest.raises(WeightsError, match=r"unet\.conv_in: the base has no such layer"):
-        find_module({"unet": nn.Module()}, "unet.conv_in")
-    with pytest.raises(WeightsError, match="no such layer"):
-        find_module({}, "unet.conv_in")
-
-
-def test_diffusers_keys_come_back() -> None:
-    name = "unet.mid_block.attentions.0.proj_in"
-    assert peft_key(name, "down") == f"{name}.lora_A.weight"
-    assert split_peft_key(peft_key(name, "up")) == (name, "up")
-    with pytest.raises(WeightsError, match="not half of a LoRA"):
-        split_peft_key("unet.conv_in.weight")
-
-
-@pytest.mark.parametrize(
-    ("name", "component"),
-    [
-        ("unet.mid_block.resnets.0.conv1", "unet"),
-        ("lora_unet_mid_block_resnets_0_conv1", "unet"),
-        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", "text_encoder"),
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "text_encoder"),
-    ],
-)
-def test_the_model_of_a_layer_is_told_from_either_name(name: str, component: str) -> None:
-    assert component_of(name) == component
-
-
-@pytest.mark.parametrize("name", ["lora_te2_text_model_encoder_layers_0_mlp_fc1", "unetx.a", "vae"])
-def test_a_model_of_another_family_is_refused(name: str) -> None:
-    with pytest.raises(WeightsError, match=f"{name}: no layer of Stable Diffusion 1"):
-        component_of(name)
-
-
-def test_keys_of_diffusers_own_naming_are_told_from_others() -> None:
-    assert is_peft_key("unet.a.b.lora_A.weight")
-    assert is_peft_key("text_encoder.a.lora_B.weight")
-    for key in ("lora_unet_a.lora_down.weight", "unet.a.weight", "vae.a.lora_A.weight", "unet"):
-        assert not is_peft_key(key)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("network", "unet", "keys"),
-    [("sd15_dim4_alpha2", 192, 792), ("sd15_dim4_alpha2_conv4_alpha2", 278, 1050)],
-)
-def test_the_layers_of_sd15_have_all_of_sd_scripts_names(
-    network: str, unet: int, keys: int
-) -> None:
-    layers = {
-        name
-        for word, model in sd15_components().items()
-        for name in layers_by_file_name(word, model)
+def test_each_spelling_is_known_by_its_beginning() -> None:
+    found = {
+        spelling_of(name)
+        for name in (
+            "lora_unet_a",
+            "lycoris_a",
+            "lora_transformer_a",
+            "text_encoder_3.a",
+            "diffusion_model.a",
+            "base_model.model.a",
+        )
     }
-    theirs = SD15_MODULES[network]
-    assert set(theirs) <= layers
-    assert sum(component_of(name) == "unet" for name in theirs) == unet
-    assert sum(component_of(name) == "text_encoder" for name in theirs) == 72
-    assert 3 * len(theirs) == keys
+    assert found == {"kohya", "lycoris", "onetrainer", "diffusers", "comfyui", "peft"}
+    assert spelling_of("text_encoder.") is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("network", SD15_MODULES)
-def test_every_sd15_name_and_shape_of_sd_scripts_is_a_layer_of_the_real_model(network: str) -> None:
+def test_sd_scripts_names_of_sd15_are_those_of_its_layers(network: str) -> None:
     components = sd15_components()
-    known = [name for word, model in components.items() for name in module_names(word, model)]
-    assert len({kohya_name(name) for name in known}) == len(known)  # no two layers share a name
-    for kohya, (down, up, alpha) in SD15_MODULES[network].items():
-        name = kohya_to_module(kohya, known)
-        assert kohya_name(name) == kohya
-        outputs, *inputs = find_module(components, name).weight.shape
-        assert down == [4, *inputs]
-        assert up == [outputs, 4, *[1 for _ in inputs[1:]]]
-        assert alpha == 2.0
+    names = {
+        kohya_name(with_text_level(f"{component}.{path}"))
+        for component, model in components.items()
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+    assert set(SD15_MODULES[network]) <= names
+
+
+def test_a_layer_is_found_with_and_without_the_level_that_transformers_5_leaves_out() -> None:
+    with torch.device("meta"):
+        inner = nn.ModuleDict({"fc1": nn.Linear(2, 3)})
+        outer = nn.ModuleDict({"text_model": inner})
+    for model, layer in ((inner, inner["fc1"]), (outer, inner["fc1"])):
+        assert layer_at(model, "text_encoder.text_model.fc1") is layer
+        assert find_module({"text_encoder": model}, "text_encoder.text_model.fc1") is layer
+    for name in ("text_encoder.text_model.fc2", "unet.fc1"):
+        with pytest.raises(WeightsError, match=f"{name}: the base has no such layer"):
+            find_module({"text_encoder": inner}, name)
+
+
+def test_a_name_without_that_level_gets_it() -> None:
+    short, long = (
+        "text_encoder_2.encoder.layers.0.a",
+        "text_encoder_2.text_model.encoder.layers.0.a",
+    )
+    assert with_text_level(short) == with_text_level(long) == long
+    t5 = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+    assert with_text_level(t5) == t5

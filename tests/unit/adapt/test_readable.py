@@ -173,6 +173,7 @@ def test_each_clip_is_completed_by_itself_and_t5_is_not() -> None:
 def test_a_denoiser_alone_is_left_as_it_is() -> None:
     modules = random_adapter(UNET)
     for naming in NAMINGS:
+        assert readable(modules, naming, alphas=False) == modules
         assert readable(modules, naming) == modules
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import SHAPES, random_adapter, random_module
+from adapters import SHAPES, file_bytes, random_adapter, random_module
 
-from raylora.adapt.lora_file import UP, adapter_bytes
+from raylora.adapt.lora_file import UP
 from raylora.adapt.safetensors_format import pack
 from raylora.base.storage import open_storage
 from raylora.cli import run
@@ -41,7 +41,7 @@ def inspect(
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "icons.safetensors"
-    path.write_bytes(adapter_bytes(random_adapter(), WORDS, dtype=torch.float16))
+    path.write_bytes(file_bytes(random_adapter(), WORDS, dtype=torch.float16))
     return path
 
 
@@ -52,6 +52,7 @@ def test_the_table_says_what_the_file_is(file: Path, capsys: pytest.CaptureFixtu
     assert "family    Stable Diffusion 1.x, predicts v\n" in out
     assert "base      tiny-sd\n" in out
     assert "modules   9 (3 in text encoder, 6 in unet)\n" in out
+    assert "network   lora, names as kohya has them\n" in out
     assert "rank      4, alpha 2\n" in out
     assert (
         "trained   120 of 200 steps, epoch 3, 4 images a step, 173 images an epoch, "
@@ -92,18 +93,18 @@ def test_mixed_ranks_and_idle_modules_are_told(
     modules = random_adapter()
     modules[0] = random_module(modules[0].name, SHAPES[modules[0].name], rank=7)
     modules[1].tensors[UP].zero_()
-    file.write_bytes(adapter_bytes(modules, {}, dtype=torch.float32))
+    file.write_bytes(file_bytes(modules))
     out = inspect(file, capsys)[1]
     assert "rank      4 (8 modules), 7 (1 modules), alpha 2\n" in out
     assert "1 of 9 modules change nothing" in out
-    assert "family    unknown: the file does not say" in out
+    assert "family    Stable Diffusion 1.x or Stable Diffusion 2.x by its names" in out
 
 
 def test_words_that_are_not_what_they_should_be_do_no_harm(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = {"ss_steps": "many", "ss_learning_rate": "nan", "raylora.job": "{", "ss_epoch": "inf"}
-    file.write_bytes(adapter_bytes(random_adapter(), words, dtype=torch.float32))
+    file.write_bytes(file_bytes(random_adapter(), words))
     code, out, _ = inspect(file, capsys, "--json")
     assert code == 0
     assert json.loads(out)["steps"] is None

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import kohya_name
 from small import ROOT, final_state, small_job, train_small
 from torch.testing import assert_close
 
 from raylora.adapt.deltas import delta
-from raylora.adapt.keys import kohya_name
 from raylora.adapt.lora_file import read_adapter
-from raylora.adapt.trained import low_ranks
+from raylora.adapt.trained import trained as copied
 from raylora.campaign import Trial
 from raylora.models import load_adapted, open_family
 from raylora.on_ray.trial import _shown_at, prove_trial
@@ -64,12 +64,17 @@ def test_what_is_proven_is_what_the_file_holds(
     job = trial.job
     shown = _shown_at(trial, 3)
     file = read_adapter(trial.storage.read("checkpoints/000003/adapter.safetensors"))
-    assert {kohya_name(site) for site in shown} == file.modules.keys()
-    for site, held in shown.items():
-        assert_close(delta(*held), file.delta(kohya_name(site)), rtol=1e-6, atol=1e-9)
+    assert {kohya_name(site.name) for site in shown.sites} == file.modules.keys()
+    for site in shown.sites:
+        pair = shown.low_rank(site)
+        assert pair is not None
+        assert_close(delta(*pair), file.delta(kohya_name(site.name)), rtol=1e-6, atol=1e-9)
     adapter = load_adapted(job, open_family(job), torch.device("cpu")).adapter
     adapter.values.data.copy_(final_state(job)["values"])
-    alike = all(torch.equal(held[1], shown[site][1]) for site, held in low_ranks(adapter).items())
+    alike = all(
+        torch.equal(held["up"], shown.parameters[name]["up"])
+        for name, held in copied(adapter).parameters.items()
+    )
     assert alike == shows_what_is_trained
 
 
@@ -80,5 +85,5 @@ def test_diffusers_proves_a_trial_of_both_models_whose_average_is_shown(
     trial = trained(tmp_path, cache, ema__decay=0.9, network__kind="locon")
     report = prove_trial(trial, str(tmp_path / "elsewhere"))
     assert (report["trial"], report["steps"]) == (trial.job.name, 3)
-    assert report["modules"] == len(_shown_at(trial, 3))
+    assert report["modules"] == len(_shown_at(trial, 3).sites)
     assert report["worst_error"] < 1e-6  # the file holds fp32

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from adapters import SD15, file_bytes, raw_bytes
+from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from raylora.adapt.attach import Adapter
 from raylora.adapt.deltas import delta
-from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule, adapter_bytes
+from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule
 from raylora.base.errors import MissingObject, WeightsError
 from raylora.base.site import Site
 from raylora.base.storage import Storage, open_storage
@@ -46,11 +47,11 @@ def modules(seed: int = 0) -> list[AdapterModule]:
 
 
 def file(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> bytes:
-    return adapter_bytes(modules(seed), {}, dtype=dtype)
+    return raw_bytes(modules(seed), dtype=dtype)
 
 
 def on_sites(data: bytes, sites: list[Site] = SITES) -> Adapter:
-    return adapter_on(sites, data, dtype=torch.float32, device=torch.device("cpu"))
+    return adapter_on(sites, SD15, data, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def add_run(store: Storage, run: str, steps: tuple[int, ...]) -> None:
@@ -117,7 +118,7 @@ def test_an_unknown_adapter_names_near_ones(store, adapter, sentence):
 def test_a_file_that_changed_after_it_was_saved_is_refused(store):
     library = Library(store)
     checkpoint = library.find("cats/10")
-    place = {"sites": SITES, "dtype": torch.float32, "device": torch.device("cpu")}
+    place = {"sites": SITES, "names": SD15, "dtype": torch.float32, "device": torch.device("cpu")}
     library.load(checkpoint, **place)
     store.write("runs/cats/checkpoints/000010/adapter.safetensors", file(99))
     with pytest.raises(WeightsError, match=r"cats/10: .* not what its manifest says"):
@@ -143,12 +144,11 @@ def test_a_files_own_ranks_and_alphas_are_applied(dtype):
 
 def adapted(adapter: Adapter, site: Site, x: Tensor, base: Tensor) -> Tensor:
     """What the adapter adds at a site to what the base gives."""
-    parameters, scale = adapter.parameters[site.name], adapter.scales[site.name]
-    return adapter.network.forward(parameters, x, base, scale, site, None)
+    return adapter.adapted(site, nn.Identity(), x, base)
 
 
 def test_a_file_of_diffusers_naming_is_served_too():
-    data = adapter_bytes(modules(), {}, dtype=torch.float64, naming="diffusers")
+    data = file_bytes(modules(), dtype=torch.float64, naming="diffusers")
     ours, theirs = on_sites(file(dtype=torch.float64)), on_sites(data)
     assert [site.name for site in theirs.sites] == [site.name for site in SITES]
     for site in SITES:
@@ -163,15 +163,15 @@ def test_a_file_of_diffusers_naming_is_served_too():
 
 
 def test_layers_that_a_file_leaves_out_stay_bare():
-    data = adapter_bytes(modules()[:1], {}, dtype=torch.float32)
+    data = file_bytes(modules()[:1])
     assert list(on_sites(data).parameters) == [SITES[0].name]
 
 
 def test_a_lora_for_another_base_is_refused():
-    with pytest.raises(WeightsError, match=r"to_out_0: the base has no such layer"):
+    with pytest.raises(WeightsError, match=r"no such layer for 1 modules of the file: .*to_out_0"):
         on_sites(file(), SITES[:2] + SITES[3:])
     wider = [*SITES[:2], Site(SITES[2].name, "linear", 8, 8), *SITES[3:]]
-    with pytest.raises(WeightsError, match="from 5 to 4 channels, the base's from 8 to 8"):
+    with pytest.raises(WeightsError, match="a weight of 4 x 5, the base's of 8 x 8"):
         on_sites(file(), wider)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from adapters import kohya_name
 from safetensors import safe_open
 from safetensors.torch import load as load_tensors
 from small import MakeJob, open_run
 from torch.testing import assert_close
 
-from raylora.adapt.keys import kohya_name
 from raylora.adapt.lora_file import read_adapter
 from raylora.base.errors import ExportError
 from raylora.job import job_from
@@ -54,7 +55,7 @@ def test_layers_are_named_as_the_job_asks(make_job: MakeJob, naming: str):
     assert run.saver is not None
     file = read_adapter(run.saver.file(run.parts, 0))
     run.close()
-    assert file.naming == naming
+    assert file.spelling == naming
     assert len(file.modules) == len(run.parts.adapter.sites)
 
 
@@ -111,7 +112,7 @@ def test_a_saved_file_is_proven_before_it_is_a_checkpoint(
             return {**tensors, "alpha": tensors["alpha"] / 2}
 
         network = run.parts.adapter.network
-        spoiled = type(network)(network.options, network.initial, network.forward, half_as_strong)
+        spoiled = replace(network, export=half_as_strong)
         run.parts.adapter.network = spoiled
         with pytest.raises(ExportError):
             run.saver.save(run.parts, 3, {})

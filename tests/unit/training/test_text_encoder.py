@@ -13,6 +13,7 @@ from torch import Tensor
 from raylora.adapt.lora_file import read_adapter
 from raylora.adapt.predictions import verify_predictions
 from raylora.assemble import open_store
+from raylora.models import open_family
 from raylora.training.loop import Run, run_training
 from raylora.training.report import read_metrics
 from raylora.training.step import losses_at, train_step
@@ -129,7 +130,7 @@ def test_the_file_of_both_means_the_same_to_diffusers(make_job: MakeJob, tmp_pat
     modules = read_adapter(data).modules
     assert sum(name.startswith("lora_te_") for name in modules) == 12
     (tmp_path / "both.safetensors").write_bytes(data)
-    report = verify_predictions(tmp_path / "both.safetensors", job.family.weights)
+    report = verify_predictions(tmp_path / "both.safetensors", open_family(job))
     assert report.effect > 1e-3
     assert report.modules == len(modules)
 
