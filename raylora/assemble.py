@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from raylora.adapt.from_file import adapter_on
 from raylora.adapt.metadata import adapter_metadata
 from raylora.adapt.norm_cap import NormCap
 from raylora.adapt.onto import names_of
@@ -191,7 +192,7 @@ def make_run(
     prover = ExportProver() if prove and first else None
     if prover:
         prover.start()  # its imports take seconds; they are over when the first save comes
-    make_saver = partial(_make_saver, job, family, datasets, plan, total, storage, prover)
+    make_saver = partial(_make_saver, job, family, datasets, plan, total, storage, prover, parts)
     held_out = datasets.validation
     measured = partial(measured_tensors, tokens=tokens, extras=extras)
     preview = job.preview.with_usual(usual_of(family, job.family))
@@ -396,6 +397,7 @@ def _make_saver(
     total: int,
     storage: Storage,
     prover: ExportProver | None,
+    parts: Parts,
     attempt: int,
 ) -> Saver:
     started, licence = time.time(), family.base.license or ""
@@ -417,6 +419,8 @@ def _make_saver(
         )
         return adapter_metadata(facts)
 
+    names, exact = names_of(family), parts.adapter.values.dtype
+    adapter_of = partial(adapter_on, parts.adapter.sites, names, dtype=exact, device=parts.device)
     return Saver(
         storage,
         dtype=getattr(torch, job.export.dtype),
@@ -424,6 +428,7 @@ def _make_saver(
         prover=prover,
         keep_last=job.training.keep_last,
         attempt=attempt,
-        names=names_of(family),
+        names=names,
         naming=job.export.naming,
+        adapter_of=adapter_of if prover else None,
     )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raylora.adapt.attach import Adapter, Attachment
+from raylora.adapt.attach import Attachment
 from raylora.adapt.deltas import delta_distance, delta_norm
 from raylora.adapt.diffusers_reader import (
     diffusers_reads,
@@ -28,19 +28,17 @@ from raylora.adapt.diffusers_reader import (
     leaves_out,
     read_with_diffusers,
 )
-from raylora.adapt.initial import weights_of
+from raylora.adapt.from_file import adapter_on
 from raylora.adapt.lora_file import AdapterFile, read_adapter
 from raylora.adapt.merge import Fitted, fitted, merge_lora
 from raylora.adapt.onto import Names, all_sites, names_of
-from raylora.adapt.parameters import network_of
-from raylora.base.errors import ExportError, WeightsError
+from raylora.base.errors import ExportError
 from raylora.base.log import get_logger
 from raylora.base.lookup import some_of
 from raylora.base.seeds import draw_normal
 from raylora.base.site import Site
 from raylora.diffusion.process import Flow
 from raylora.families import Family
-from raylora.networks import get_network
 
 # Two roads through some 50 float32 layers, 2^-24 a rounding: 3e-7 apart on the quickstart's base.
 _ROUNDING = 3e-6
@@ -115,7 +113,7 @@ def verify_predictions(file_path: str | Path, family: Family) -> PredictionRepor
         loaded = _predict(_load_with_peft(family, path, file, names), family)
     else:
         _LOG.info("predicting with the adapter in the forward passes")
-        loaded = _predict(_attached(family, modules, sites), family)
+        loaded = _predict(_attached(family, path, names, sites), family)
     effect = _relative(merged, base)
     report = PredictionReport(
         modules=len(modules),
@@ -172,24 +170,10 @@ def _load_with_peft(family: Family, path: Path, file: AdapterFile, names: Names)
     return pipeline
 
 
-def _attached(family: Family, modules: Fitted, sites: list[Site]) -> Any:
+def _attached(family: Family, path: Path, names: Names, sites: list[Site]) -> Any:
     """The pipeline with the file's adapter in the layers' forward passes."""
-    kinds = {network_of(module) for module in modules.values()}
-    if len(kinds) > 1:
-        raise WeightsError(
-            f"the file mixes {some_of(sorted(kinds), _NAMED)}, which no program's adapter does; "
-            "merge it instead (family.loras)."
-        )
-    (kind,) = kinds
-    held = weights_of(modules, sites)
-    adapter = Adapter(
-        get_network(kind),
-        held.sites,
-        held.weights,
-        held.scales,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    device = torch.device("cpu")
+    adapter = adapter_on(sites, names, path.read_bytes(), dtype=torch.float32, device=device)
     pipeline = _load(family)
     for component in (family.component, *family.text_components):
         model = getattr(pipeline, component)

@@ -64,7 +64,7 @@ def families_of(file: AdapterFile) -> frozenset[str]:
     if re.search(r"^lora.te1|^lora.te2|^text.encoder.2", spelled, re.MULTILINE):
         found &= {"sdxl", "sd3", "flux1"}
     elif re.search(r"^lora.te\.", spelled, re.MULTILINE):
-        found &= {"sd15", "sd2"}
+        found &= _clip_families(file.modules, names)
     return found
 
 
@@ -102,6 +102,18 @@ def _unet_families(
     if re.search(r"attentions.\d+.transformer.blocks.[1-9]|add.embedding", spelled):
         return frozenset({"sdxl"})
     return frozenset({"sd15", "sd2", "sdxl"})
+
+
+def _clip_families(
+    modules: Mapping[str, AdapterModule], names: Mapping[str, str]
+) -> frozenset[str]:
+    """SD 1.x or 2.x by the width of the one text encoder."""
+    for name, plain in names.items():
+        if re.search(r"^lora.te\..*(self.attn.[qkv].proj|mlp.fc1)$", plain):
+            wide = _inputs(modules[name])
+            if wide in (768, 1024):
+                return frozenset({_READ[wide]})
+    return frozenset({"sd15", "sd2"})
 
 
 def _transformer_families(

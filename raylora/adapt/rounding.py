@@ -73,10 +73,18 @@ def _magnitude_bound(changed: Tensor, moved: Tensor, magnitude: Tensor, rounded:
 
 
 def _rotation_bound(held: dict[str, Tensor], moved: dict[str, Tensor], weight: Tensor) -> float:
-    """Q is a block minus its transpose, and a constraint may scale it: eight times the block's."""
+    """Q is a block minus its transpose, so it moves by twice what the block does.
+
+    A limit of the norm scales all of Q down, and moves with Q's norm: by twice as much again, times
+    how much smaller it makes Q.
+    """
     blocks, shifts = held["oft_blocks"], moved["oft_blocks"]
+    norm = float((blocks - blocks.mT).norm())
+    limit = float(held[kinds.ALPHA]) * len(weight) if kinds.ALPHA in held else 0.0
+    smaller = 2 * min(1.0, limit / norm) if limit and norm else 1.0
     stages = shifts if blocks.dim() == 4 else shifts[None]
-    turned = sum(8 * float(stage.norm()) for stage in stages) + len(stages) * _FLOAT32_UNIT
+    turned = sum(4 * smaller * float(stage.norm()) for stage in stages)
+    turned += len(stages) * _FLOAT32_UNIT
     size = float(weight.norm())
     rescale = held.get("rescale")
     if rescale is None:

@@ -14,15 +14,11 @@ import torch
 import yaml
 
 from raylora.adapt.attach import Adapter
-from raylora.adapt.initial import weights_of
-from raylora.adapt.lora_file import read_adapter
-from raylora.adapt.merge import fitted
+from raylora.adapt.from_file import adapter_on
 from raylora.adapt.onto import Names
-from raylora.adapt.parameters import network_of
 from raylora.base.errors import MissingObject, WeightsError
 from raylora.base.site import Site
 from raylora.base.storage import Storage, is_key
-from raylora.networks import get_network
 from raylora.training.checkpoint import checkpoint_steps
 
 V = TypeVar("V")
@@ -116,32 +112,6 @@ class Library:
     def _checkpoint(self, run: str, step: int) -> Checkpoint:
         manifest = json.loads(self._store.read(f"{_folder(run, step)}/manifest.json"))
         return Checkpoint(run, step, manifest["objects"]["adapter.safetensors"]["sha256"])
-
-
-def adapter_on(
-    sites: Sequence[Site], names: Names, file: bytes, *, dtype: torch.dtype, device: torch.device
-) -> Adapter:
-    """The adapter of a LoRA file, with the file's own rank and alpha at every layer.
-
-    Args:
-        sites: every layer of the base; those that the file leaves out stay bare.
-        names: what files call them.
-
-    Raises:
-        WeightsError: not a LoRA file, or one for another base.
-    """
-    modules = fitted(read_adapter(file), sites, names)
-    kinds = {network_of(module) for module in modules.values()}
-    if len(kinds) != 1:
-        raise WeightsError(
-            f"the file has {len(kinds)} kinds of network ({', '.join(sorted(kinds))}), and one "
-            "picture is drawn with one."
-        )
-    (kind,) = kinds
-    held = weights_of(modules, sites)
-    return Adapter(
-        get_network(kind), held.sites, held.weights, held.scales, dtype=dtype, device=device
-    )
 
 
 class Recent(Generic[V]):

@@ -13,11 +13,15 @@ from raylora.adapt.lora_file import AdapterModule, adapter_bytes
 from raylora.adapt.onto import Names
 from raylora.adapt.proof import ExportProver, ProofReport
 from raylora.adapt.trained import trained
+from raylora.base.log import get_logger
 from raylora.base.storage import Storage
 from raylora.training.checkpoint import State, prune, write_checkpoint
+from raylora.training.first_look import FileAdapter, look_at
 from raylora.training.parts import Parts
 from raylora.training.run_folder import still_ours
 from raylora.training.state import held_state
+
+log = get_logger("step")
 
 
 class Saver:
@@ -32,6 +36,8 @@ class Saver:
         prover: reads each file back independently; None where a caller measures speed alone.
         keep_last: checkpoints that stay; None keeps all.
         attempt: of this process; where a later one has taken the run, nothing is saved.
+        adapter_of: reads the first file back as an adapter, which whole predictions are compared
+            with; None looks at none.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class Saver:
         attempt: int,
         names: Names,
         naming: Naming = "kohya",
+        adapter_of: FileAdapter | None = None,
     ) -> None:
         self._storage = storage
         self._dtype = dtype
@@ -54,6 +61,7 @@ class Saver:
         self._prover = prover
         self._keep_last = keep_last
         self._attempt = attempt
+        self._adapter_of = adapter_of
 
     def save(self, parts: Parts, step: int, facts: dict[str, Any]) -> ProofReport | None:
         """Write and prove the checkpoint of `step` steps.
@@ -67,6 +75,14 @@ class Saver:
             report = None
             if self._prover:
                 report = self._prover.prove(file, trained(parts.adapter), self._names)
+            if self._adapter_of:
+                look = look_at(parts, file, self._adapter_of, file_dtype=self._dtype)
+                self._adapter_of = None
+                log.info(
+                    "first file: predicts as the adapter does, %.1e apart (rounding: up to %.0e); "
+                    "it moves the base's prediction by %.2g %%",
+                    *(look.difference, look.limit, 100 * look.effect),
+                )
         tensors, held = held_state(parts)
         still_ours(self._storage, self._attempt)
         write_checkpoint(self._storage, State(step, tensors, {**facts, **held}), file)

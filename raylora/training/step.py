@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -174,21 +175,30 @@ def losses_at(
     latents, noise = placed(batch["latents"]), placed(noise)
     timesteps = timesteps.to(parts.device, non_blocking=True)
     weighing = {name: placed(batch[name]) for name in WEIGHING if name in batch}
-    extras = {n: batch[n].to(parts.device, non_blocking=True) for n in UNCAST if n in batch}
-    others = {"latents", PRESERVE, *WEIGHING, *UNCAST}
-    captions = {name: tensor for name, tensor in batch.items() if name not in others}
     noised_with = noise if noised_with is None else placed(noised_with)
     noisy = parts.process.noisy(latents, noised_with, timesteps).to(parts.dtype)
     target = parts.process.target(latents, noise, timesteps)
-
-    def predict() -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and text_learns):
-            conditions = parts.read_text(captions)
-        return parts.predict(parts.denoiser, noisy, timesteps, {**conditions, **extras})
-
+    predict = partial(predict_at, parts, batch, noisy, timesteps, text_learns=text_learns)
     if PRESERVE in batch and bool(batch[PRESERVE].any()):  # on the CPU still
         with torch.no_grad(), parts.adapter.off():
             base = predict().to(exact)
         preserve = placed(batch[PRESERVE]).view(-1, 1, 1, 1) > 0
         target = torch.where(preserve, base, target)
     return parts.loss(predict(), target, timesteps, weighing)
+
+
+def predict_at(
+    parts: Parts,
+    batch: Mapping[str, Tensor],
+    noisy: Tensor,
+    timesteps: Tensor,
+    *,
+    text_learns: bool = True,
+) -> Tensor:
+    """What the models say of noisy latents, (B, C, H, W), with the captions of a batch."""
+    extras = {n: batch[n].to(parts.device, non_blocking=True) for n in UNCAST if n in batch}
+    others = {"latents", PRESERVE, *WEIGHING, *UNCAST}
+    captions = {name: tensor for name, tensor in batch.items() if name not in others}
+    with torch.set_grad_enabled(torch.is_grad_enabled() and text_learns):
+        conditions = parts.read_text(captions)
+    return parts.predict(parts.denoiser, noisy, timesteps, {**conditions, **extras})

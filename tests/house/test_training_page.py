@@ -88,7 +88,7 @@ def test_every_option_of_training_is_told_with_its_default(program: ModuleType):
     ]
     assert without == []
     for place, shown in (
-        ("preview.steps", "default `20`"),
+        ("preview.steps", "default `null`"),
         ("noise.offset", "default `0.0`"),
         ("family.weights", "must be given"),
         ("preview.prompts.N.seed", "default `null`"),

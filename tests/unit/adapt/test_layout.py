@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from adapters import file_bytes, random_module
 from safetensors.torch import load
 from torch.testing import assert_close
 
-from raylora.adapt.deltas import delta
-from raylora.adapt.diffusers_reader import read_with_diffusers
+from raylora.adapt.deltas import delta, delta_distance, delta_norm
+from raylora.adapt.diffusers_reader import is_padded, read_with_diffusers
 from raylora.adapt.keys import Naming
 from raylora.adapt.kinds import DORA
 from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule, read_adapter
@@ -196,3 +197,30 @@ def test_names_that_no_program_reads_are_refused() -> None:
         file_bytes([wide], names=FLUX, naming="diffusers")
     with pytest.raises(ExportError, match="ComfyUI reads kohya's names for sd15"):
         file_bytes([random_module("unet.a", (3, 4))], naming="comfyui")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("naming", ["kohya", "comfyui"])
+def test_layers_as_wide_as_flux_are_read_by_diffusers_as_they_are(
+    naming: Naming, tmp_path: Path
+) -> None:
+    wide, factor = 3072, 3072 // WIDE
+    places = {
+        name: replace(place, rows=place.rows and tuple(factor * row for row in place.rows))
+        for name, place in PLACES.items()
+    }
+    names = Names(
+        "flux1", places.__getitem__, {"num_attention_heads": 24, "attention_head_dim": 128}
+    )
+    modules = [
+        random_module(name, (WIDTHS.get(name, WIDE) * factor, wide), rank=2, alpha=1.0, seed=seed)
+        for seed, name in enumerate((Q, K, V, SQ, SV, MLP))
+    ]
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(file_bytes(modules, names=names, naming=naming))
+    file = read_adapter(path)
+    assert not is_padded(file, names)
+    reading = read_with_diffusers(path, names, file)
+    for module in modules:
+        error = delta_distance(reading.modules[module.name], module.low_rank)
+        assert error <= 1e-6 * delta_norm([module.low_rank])

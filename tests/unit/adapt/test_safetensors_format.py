@@ -24,6 +24,8 @@ TENSORS = {
     "d.double": torch.full((2, 2), 0.1, dtype=torch.float64),
     "a.empty": torch.empty(0, 4),
     "e.eight": torch.ones(5).to(torch.float8_e4m3fn),
+    "f.flag": torch.tensor(1),
+    "g.count": torch.arange(3, dtype=torch.int32),
 }
 WORDS = {"ss_z": "last", "ss_a": 'é "quoted" \\ \n\t\x01\x7f/', "raylora.job": "{}"}
 
@@ -103,7 +105,7 @@ def test_words_that_are_not_utf8_do_not_stop_a_save() -> None:
         (raw({"__metadata__": {"a": 1}}), "metadata is not text by name"),
         (raw({"__metadata__": ["a"]}), "metadata is not text by name"),
         (raw({"a": [1]}), "row of 'a' is malformed"),
-        (raw({"a": row(0, 4, dtype="I64")}, bytes(4)), "a holds I64, which no LoRA has"),
+        (raw({"a": row(0, 4, dtype="U16")}, bytes(4)), "a holds U16, which no LoRA has"),
         (raw({"a": row(0, 4, (-1,))}, bytes(4)), "the shape of 'a' is"),
         (raw({"a": row(0, 4, (2**40, 2**40))}, bytes(4)), "and has 4 bytes"),
         (raw({"a": row(4, 0)}, bytes(4)), "and has -4 bytes"),

@@ -13,11 +13,12 @@ from torch.nn.functional import conv2d, linear
 
 from raylora.adapt.attach import Adapter
 from raylora.adapt.deltas import delta
+from raylora.adapt.from_file import adapter_on
 from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule
 from raylora.base.errors import MissingObject, WeightsError
 from raylora.base.site import Site
 from raylora.base.storage import Storage, open_storage
-from raylora.serving.library import Library, Recent, adapter_on
+from raylora.serving.library import Library, Recent
 from raylora.training.checkpoint import State, write_checkpoint
 
 BLOCK = "unet.mid_block.attentions.0"
