@@ -47,7 +47,7 @@ def command(store: str, host: str, port: int, overrides: tuple[str, ...], as_jso
     token = os.environ.pop(TOKEN_VARIABLE, None)
     try:
         _handle_sigterm()
-        connect(_fleet(options))
+        connect(_fleet(options), needs_gpu=False)  # it draws on CPUs where there is none
         _handle_sigterm()  # again: Ray has taken it, and would leave Serve behind where it joined
         _serve(storage.url, options, token, request)
     except KeyboardInterrupt:

@@ -189,33 +189,42 @@ def _boft_initial(options: LycorisOptions, site: Site, draw: Draw, weight: Weigh
 
 
 def _boft_forward(parameters: Parameters, call: Call) -> Tensor:
-    """Turns what the frozen layer gave, stage by stage; only differences are kept."""
+    """Turns what the frozen layer gave, stage by stage, or its weight where that has fewer columns.
+
+    Which of the two does not depend on how many samples there are.
+    """
     output = unbiased(call)
     turns_MNST = oft.turn(parameters["oft_blocks"], call.scale).to(output.dtype)
-    channels_last = output.movedim(1, -1) if call.site.kind == "conv" else output
-    change = _turned(channels_last, turns_MNST)
-    if call.site.kind == "conv":
-        change = change.movedim(-1, 1)
+    frozen = call.layer.weight
+    assert isinstance(frozen, Tensor)
+    if frozen[0].numel() < output[0].numel() // call.site.outputs:
+        turned_OK = _turned(frozen.to(output.dtype).flatten(1), turns_MNST)
+        change = through(call.x, turned_OK, call.site)
+    elif call.site.kind == "conv":
+        change = _turned(output.flatten(2), turns_MNST).reshape(output.shape)
+    else:
+        change = _turned(output.mT.contiguous(), turns_MNST).mT
     return oft.added(change, output, parameters, call)
 
 
-def _turned(y: Tensor, turns_MNST: Tensor) -> Tensor:
-    """What the stages add to y, (..., O)."""
-    change = torch.zeros_like(y)
+def _turned(y_OP: Tensor, turns_MNST: Tensor) -> Tensor:
+    """What the stages add to y, (..., O, P); only differences are kept."""
+    change_OP = torch.zeros_like(y_OP)
     for stage, turn_NST in enumerate(turns_MNST.unbind()):
         apart = 2**stage * turn_NST.shape[-1] // 2
-        mixed = (y + change).unflatten(-1, (-1, 2, apart)).mT.flatten(-3)
-        mixed = torch.einsum("nst,...nt->...ns", turn_NST, mixed.unflatten(-1, turn_NST.shape[:2]))
-        change = change + mixed.flatten(-2).unflatten(-1, (-1, apart, 2)).mT.flatten(-3)
-    return change
+        mixed = (y_OP + change_OP).unflatten(-2, (-1, 2, apart)).transpose(-3, -2)
+        mixed = turn_NST @ mixed.flatten(-4, -2).unflatten(-2, turn_NST.shape[:2])
+        apart_again = mixed.flatten(-3, -2).unflatten(-2, (-1, apart, 2)).transpose(-3, -2)
+        change_OP = change_OP + apart_again.flatten(-4, -2)
+    return change_OP
 
 
 def _boft_merged(
     parameters: Parameters, site: Site, scale: float, held: Parameters
 ) -> dict[str, Tensor]:
     weight_OK = held["weight"].flatten(1)
-    turns = oft.turn(parameters["oft_blocks"].double(), scale)
-    return oft.rescaled(weight_OK + _turned(weight_OK.T, turns).T, parameters, held)
+    turns_MNST = oft.turn(parameters["oft_blocks"].double(), scale)
+    return oft.rescaled(weight_OK + _turned(weight_OK, turns_MNST), parameters, held)
 
 
 # glora: LoRA, and a low-rank change of what the layer is given

@@ -6,9 +6,13 @@ import logging
 import os
 from typing import Any
 
+import torch
+
 from raylora.base.errors import UserError
+from raylora.base.log import get_logger
 from raylora.fleet import FleetOptions
 
+log = get_logger("ray")
 QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -21,11 +25,15 @@ QUIET = {
 }
 
 
-def connect(fleet: FleetOptions) -> None:
+def connect(fleet: FleetOptions, *, needs_gpu: bool = True) -> None:
     """Join the cluster that RAY_ADDRESS names (a job's own), or start one on this machine.
 
+    Args:
+        needs_gpu: a fleet that is not of CPUs does not start without a GPU.
+
     Raises:
-        UserError: Ray is not installed, or the cluster does not answer or refuses the token.
+        UserError: Ray is not installed, the cluster does not answer or refuses the token, or this
+            machine has no GPU for a fleet that needs one.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -39,6 +47,13 @@ def connect(fleet: FleetOptions) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
+    needs_gpu = needs_gpu and not fleet.cpus_only
+    if needs_gpu and not address and not torch.cuda.is_available():
+        raise UserError(
+            "This machine has no GPU that PyTorch can use, and each worker wants one. Set "
+            "fleet.cpus_only: true to train on its CPUs, add --local, or name a cluster that has "
+            "GPUs in RAY_ADDRESS."
+        )
     settings: dict[str, Any] = {
         "runtime_env": {"env_vars": worker_environment(fleet)},
         "log_to_driver": False,
@@ -58,6 +73,12 @@ def connect(fleet: FleetOptions) -> None:
             f"The Ray cluster at {address or 'this machine'} cannot be used: {first} Check "
             "RAY_ADDRESS, and RAY_AUTH_MODE=token with RAY_AUTH_TOKEN where it asks for a token."
         ) from None
+    if needs_gpu and address and not ray.cluster_resources().get("GPU"):
+        log.warning(
+            "the cluster at %s has no GPU now, and each worker wants one: it waits until one "
+            "joins. fleet.cpus_only: true trains on CPUs",
+            address,
+        )
 
 
 def worker_environment(fleet: FleetOptions) -> dict[str, str]:

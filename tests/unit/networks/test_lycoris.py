@@ -157,6 +157,28 @@ def test_boft_is_a_product_of_rotations_further_and_further_apart(name: str):
     assert_close(one.output(), one.of_weight(expected), rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("tokens", (2, 40, 12)), ("pixels", (2, 12, 8, 8)), ("kernel", (2, 12, 24, 24))],
+)
+def test_boft_turns_the_weight_where_there_are_more_outputs(name: str, shape: tuple[int, ...]):
+    one = trained(name, algo="boft", rank=4)
+    one.x = normal(31, *shape)
+    kept: list[int] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    leaves = {word: leaf.clone().requires_grad_() for word, leaf in one.held.items()}
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        output = one.output(leaves)
+    assert output.numel() not in kept  # as each stage of the outputs would be
+    assert_close(output, one.of_weight(one.merged()["weight"]), rtol=0, atol=ROUNDING)
+    alone = one.call(x=one.x[:1], base_output=one.layer(one.x[:1]))
+    assert_close(one.network.forward(leaves, alone), output[:1], rtol=0, atol=ROUNDING)
+
+
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_ia3_is_one_factor_a_channel(name: str, on_input: bool):
