@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple, get_args
 
+import results
 import torch
 from torch import Tensor, nn
 
-import results
 from raylora.adapt.attach import Adapter, Attachment, first_weights, weights_in
 from raylora.adapt.dropout import Dropout
 from raylora.base.lookup import plugins
