@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from small import MakeJob, open_run
+from bases import random_folder
+from small import ROOT, MakeJob, open_run
 
 from raylora.adapt.from_file import adapter_on
 from raylora.adapt.onto import names_of
 from raylora.base.errors import ExportError
+from raylora.job import load_job, with_overrides
 from raylora.models import open_family
 from raylora.training.first_look import FileAdapter, look_at
 from raylora.training.loop import Run
@@ -40,6 +44,7 @@ def test_an_honest_file_predicts_as_the_adapter_does(make_job: MakeJob, train: s
         assert found.effect > 0.01
         assert found.difference <= found.limit < 0.1 * found.effect
         assert (found.difference < 1e-6) == (dtype == "float32")
+        assert found.limit < 1e-5 + 0.005 * found.effect
         assert torch.equal(run.parts.adapter.values, before)
         assert all(one.adapter is run.parts.adapter for one in run.parts.attachments)
     finally:
@@ -61,5 +66,58 @@ def test_a_file_of_another_strength_is_refused_by_its_predictions(make_job: Make
         with pytest.raises(ExportError, match="predicts otherwise than the adapter in training"):
             look_at(run.parts, file, weaker, file_dtype=torch.float32)
         assert all(one.adapter is run.parts.adapter for one in run.parts.attachments)
+    finally:
+        run.close()
+
+
+@pytest.mark.slow
+def test_what_rounding_explains_is_measured_on_the_base(make_job: MakeJob):
+    """Each block rounds again, so that no number of roundings is right for every base."""
+    run, adapter_of = moved_run(make_job, training__precision="bf16", memory__max_micro_batch=1)
+    try:
+        assert run.saver
+        file = run.saver.file(run.parts, 1)
+        found = look_at(run.parts, file, adapter_of, file_dtype=torch.float32)
+        predict = run.parts.predict
+
+        def rough(denoiser: Any, noisy: Any, *given: Any) -> Any:
+            """A base in which what is one rounding apart ends far apart."""
+            noise = torch.sin(1e4 * noisy.double()).to(noisy)
+            return predict(denoiser, noisy, *given) + noise
+
+        run.parts.predict = rough
+        rougher = look_at(run.parts, file, adapter_of, file_dtype=torch.float32)
+        assert rougher.limit > 10 * found.limit
+    finally:
+        run.close()
+
+
+@pytest.mark.slow
+def test_a_text_encoder_that_is_dropped_for_the_sample_is_looked_at(tmp_path: Path):
+    job = with_overrides(
+        load_job(ROOT / "jobs/smoke/sd3.yaml"),
+        {
+            "family.weights": str(random_folder("sd3")),
+            "family.clip_l_dropout": 1.0,
+            "family.clip_g_dropout": 1.0,
+            "store": str(tmp_path),
+            "network.train": "text_encoder",
+            "training.steps": 1,
+            "validation.folder": None,
+            "preview.prompts": [],
+            "export.naming": "kohya",
+        },
+    )
+    run = open_run(job, report=True)
+    try:
+        assert run.saver
+        with torch.no_grad():
+            run.parts.adapter.values += 0.2
+        names = names_of(open_family(job))
+        adapter_of = partial(
+            adapter_on, run.parts.adapter.sites, names, dtype=torch.float32, device=CPU
+        )
+        file = run.saver.file(run.parts, 1)
+        assert look_at(run.parts, file, adapter_of, file_dtype=torch.float32).effect > 1e-3
     finally:
         run.close()
