@@ -63,7 +63,9 @@ def empty_clip(base: Base, component: str, *, projected: bool = False) -> nn.Mod
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig.from_dict(base.config(component))
+    config: Any = CLIPTextConfig.from_dict(base.config(component))
+    # It would drop in training mode, which checkpointing needs, and by torch's generator.
+    config.attention_dropout = 0.0
     with torch.device("meta"):
         made: nn.Module = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
     return made.requires_grad_(False).eval()

@@ -253,7 +253,7 @@ class Family(ABC):
             encoder.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
             )
-            encoder.train()  # transformers look at it; CLIP has no dropout of its own
+            encoder.train()  # transformers look at it; no encoder is loaded with its dropout
 
     @abstractmethod
     def load_renderer(self, denoiser: nn.Module, text_encoders: Models | None = None) -> Renderer:

@@ -220,3 +220,16 @@ def test_kohyas_name_has_the_level_and_the_prefix():
     found = clip_place(name, "lora_te2")
     assert found == Place("lora_te2", "text_model.encoder.layers.0.self_attn.q_proj")
     assert found.kohya == "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
+
+
+def test_it_drops_nothing_in_training_which_checkpointing_needs():
+    base = Configured({"text_encoder": {**TINY, "attention_dropout": 0.5}})
+    clip: Any = empty_clip(base, "text_encoder").to_empty(device=CPU)
+    clip.load_state_dict(made(projected=False).state_dict())
+    for module in clip.modules():
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+    ids = torch.tensor([[BOS, 1, 2, 3, EOS]])
+    with torch.no_grad():
+        before = clip(ids).last_hidden_state
+        assert torch.equal(clip.train()(ids).last_hidden_state, before)
