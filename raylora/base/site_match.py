@@ -37,7 +37,7 @@ def nearest(pattern: str, sites: Sequence[Site]) -> str:
     """A sentence to put behind "matches no layer": what may have been meant."""
     words = {*ROLES, *(site.section for site in sites if site.section)}
     if "." not in pattern and not any(sign in pattern for sign in _WILD):
-        return did_you_mean(pattern, words)
+        return did_you_mean(pattern, words - {pattern})
     pieces = {piece for site in sites for piece in site.name.split(".") if not piece.isdecimal()}
     for piece in pattern.split("."):
         plain = piece.strip("*")

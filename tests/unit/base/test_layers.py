@@ -15,6 +15,7 @@ from raylora.base.layer_options import LayerOptions
 from raylora.base.layers import chosen_sites
 from raylora.base.options import explain
 from raylora.base.site import Role, Site
+from raylora.base.site_match import nearest
 from raylora.components.dit import dit_sites
 from raylora.components.unet import empty_unet, sd_block, unet_sites
 
@@ -471,3 +472,8 @@ def true_sites(kind: str) -> list[Site]:
             made = diffusers.SD3Transformer2DModel(num_layers=24, num_attention_heads=24)
     doubles = {"flux1": ("double", 19), "sd3": ("joint", 24)}[kind]
     return dit_sites(made, section=doubles[0], doubles=doubles[1])
+
+
+def test_a_word_that_the_base_has_no_layer_of_is_not_advised_to_itself():
+    sites = [Site("transformer.proj", "linear", 4, 4, role="attention")]
+    assert "'norm'" not in nearest("norm", sites)
