@@ -112,6 +112,8 @@ class Pack:
         """Within it, sample b of the batch goes through adapter `index[b]`.
 
         Args:
+            index: one for each sample of the models' batch, in its order. A pipeline that draws
+                under guidance predicts [negatives, positives] at once: name each twice there.
             strength: how much of its adapter each sample gets, 1 for all where none is given; a
                 sample with 0 gets the base, bit for bit.
         """

@@ -7,6 +7,7 @@ is right for every later file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,23 +52,29 @@ class FirstLook:
 
 def look_at(
     parts: Parts, file: bytes, adapter_of: FileAdapter, *, file_dtype: torch.dtype
-) -> FirstLook:
+) -> FirstLook | None:
     """Predict one training sample with the adapter, with the file, and with neither.
 
     How far apart rounding alone brings two predictions is no constant: in bfloat16 it grows with
     the depth of the base. So it is measured: the base predicts twice, the second time from latents
     of which every other number is one rounding off.
 
+    Returns:
+        None where there is nothing to compare: the adapter's own prediction is zero or not finite,
+        which is no fault of the file.
+
     Raises:
         ExportError: the file predicts something else than the adapter.
     """
     with torch.no_grad():
         ours = _predict(parts)
+        size = float(ours.norm())
+        if not 0 < size < math.inf:
+            return None
         with _in_place(parts, adapter_of(file)):
             theirs = _predict(parts)
         with parts.adapter.off():
             base, nudged = _predict(parts), _predict(parts, nudge=True)
-    size = float(ours.norm())
     effect = float((ours - base).norm()) / size
     rounding = max(_LEAST, _NUDGES * float((nudged - base).norm()) / size)
     found = FirstLook(

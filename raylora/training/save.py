@@ -78,11 +78,14 @@ class Saver:
             if self._adapter_of:
                 look = look_at(parts, file, self._adapter_of, file_dtype=self._dtype)
                 self._adapter_of = None
-                log.info(
-                    "first file: predicts as the adapter does, %.1e apart (rounding: up to %.0e); "
-                    "it moves the base's prediction by %.2g %%",
-                    *(look.difference, look.limit, 100 * look.effect),
-                )
+                if look:
+                    log.info(
+                        "first file: predicts as the adapter does, %.1e apart (rounding: up to "
+                        "%.0e); it moves the base's prediction by %.2g %%",
+                        *(look.difference, look.limit, 100 * look.effect),
+                    )
+                else:
+                    log.warning("first file: the adapter's prediction is zero or not finite")
         tensors, held = held_state(parts)
         still_ours(self._storage, self._attempt)
         write_checkpoint(self._storage, State(step, tensors, {**facts, **held}), file)

@@ -41,6 +41,7 @@ def test_an_honest_file_predicts_as_the_adapter_does(make_job: MakeJob, train: s
         assert run.saver
         file, before = run.saver.file(run.parts, 1), run.parts.adapter.values.clone()
         found = look_at(run.parts, file, adapter_of, file_dtype=getattr(torch, dtype))
+        assert found
         assert found.effect > 0.01
         assert found.difference <= found.limit < 0.1 * found.effect
         assert (found.difference < 1e-6) == (dtype == "float32")
@@ -119,5 +120,18 @@ def test_a_text_encoder_that_is_dropped_for_the_sample_is_looked_at(tmp_path: Pa
         )
         file = run.saver.file(run.parts, 1)
         assert look_at(run.parts, file, adapter_of, file_dtype=torch.float32).effect > 1e-3
+    finally:
+        run.close()
+
+
+@pytest.mark.slow
+def test_an_adapter_that_predicts_nothing_finite_is_no_fault_of_its_file(make_job: MakeJob):
+    run, adapter_of = moved_run(make_job)
+    try:
+        assert run.saver
+        file = run.saver.file(run.parts, 1)
+        with torch.no_grad():
+            run.parts.adapter.values.fill_(torch.inf)
+        assert look_at(run.parts, file, adapter_of, file_dtype=torch.float32) is None
     finally:
         run.close()
