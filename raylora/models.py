@@ -16,6 +16,7 @@ from torch import nn
 
 from raylora.adapt.attach import Adapter, Attachment, first_weights, weights_in
 from raylora.adapt.dropout import Dropout
+from raylora.adapt.idle import refuse_idle
 from raylora.adapt.initial import Initial, initial_weights
 from raylora.adapt.lora_file import AdapterFile, read_adapter
 from raylora.adapt.merge import Fitted, file_parts, fitted, merge_lora
@@ -255,7 +256,10 @@ def _sites(job: Job, family: Family, denoiser: nn.Module, encoders: Models) -> l
         ends=family.block_ends,
     )
     fitting = _fitting(get_network(options.kind), options, chosen)
-    return trained_sites(job.optimizer, fitting, family.blocks, ends=family.block_ends)
+    trained = trained_sites(job.optimizer, fitting, family.blocks, ends=family.block_ends)
+    if not options.initial_ranks:
+        refuse_idle(options, trained)
+    return trained
 
 
 def _fitting(network: Network, options: NetworkOptions, sites: Sequence[Site]) -> list[Site]:

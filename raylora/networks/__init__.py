@@ -218,6 +218,11 @@ class NetworkOptions(LayerOptions):
         alpha = self.alpha_at(site)
         return 1.0 if alpha is None else self.divided(alpha, self.rank_at(site))
 
+    def form_at(self, site: Site) -> tuple[object, ...]:
+        """What ranks, strengths and factors make of one layer's adapter; equal where they make the
+        same."""
+        return self.rank_at(site), self.scale_at(site)
+
     @property
     def trains_text(self) -> bool:
         """Whether the text encoder carries an adapter."""

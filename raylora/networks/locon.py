@@ -69,6 +69,11 @@ class LoconOptions(lora.LowRankOptions):
                 "network.tucker."
             )
 
+    @property
+    def gives_alpha(self) -> bool:
+        """Whether some layer's strength is not simply 1."""
+        return super().gives_alpha or self.conv_alpha is not None
+
     def usual_rank(self, site: Site) -> int:
         """`conv_rank` on a convolution larger than 1x1."""
         return self.rank if site.kernel == (1, 1) else self.conv_rank or self.rank
@@ -76,6 +81,10 @@ class LoconOptions(lora.LowRankOptions):
     def usual_alpha(self, site: Site) -> float | None:
         """`conv_alpha` on a convolution larger than 1x1."""
         return self.alpha if site.kernel == (1, 1) else self.conv_alpha
+
+    def form_at(self, site: Site) -> tuple[object, ...]:
+        """Tucker's form is of larger kernels alone."""
+        return *super().form_at(site), self.tucker and site.kernel != (1, 1)
 
 
 def initial(options: LoconOptions, site: Site, draw: Draw, weight: Weight) -> Arrays:

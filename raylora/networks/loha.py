@@ -41,6 +41,10 @@ class LohaOptions(NetworkOptions):
     """On convolutions larger than 1x1, a core with the kernel between two matrices; fewer numbers
     at equal rank. Other layers are as without it."""
 
+    def form_at(self, site: Site) -> tuple[object, ...]:
+        """Tucker's form is of larger kernels alone."""
+        return *super().form_at(site), self.tucker and site.kernel != (1, 1)
+
 
 def initial(options: LohaOptions, site: Site, draw: Draw, weight: Weight) -> Arrays:
     """One of the four zero, so that nothing is changed; the others of the spread LyCORIS has.

@@ -115,6 +115,13 @@ class LokrOptions(NetworkOptions):
         blocks = blocks_at(self, site)
         return 1.0 if blocks.first_whole and blocks.second_whole else super().scale_at(site)
 
+    def form_at(self, site: Site) -> tuple[object, ...]:
+        """The blocks; a rank where one of them is low-rank, a core where that is the larger."""
+        blocks = blocks_at(self, site)
+        whole = blocks.first_whole and blocks.second_whole
+        core = self.tucker and site.kernel != (1, 1) and not blocks.second_whole
+        return blocks, None if whole else self.rank_at(site), self.scale_at(site), core
+
 
 class Blocks(NamedTuple):
     """How one layer's weight is split: outputs = first[0] · second[0], inputs likewise."""

@@ -71,8 +71,7 @@ class LowRankOptions(NetworkOptions):
     def problems(self, network: Network) -> Iterator[str]:
         """Those of every network, and what does not go together here."""
         yield from super().problems(network)
-        alphas = (self.alpha, self.alphas or None, self.block_alphas, self.conv_block_alphas)
-        if self.scaling == "sqrt_rank" and alphas == (None,) * 4:
+        if self.scaling == "sqrt_rank" and not self.gives_alpha:
             yield (
                 "network.scaling is sqrt_rank, and without network.alpha the strength is 1 however "
                 "alpha is divided. Give network.alpha (1 to 4 is usual with it), or leave scaling "
@@ -96,6 +95,12 @@ class LowRankOptions(NetworkOptions):
                 "network.initial is a file to begin from, and network.start pissa is where to "
                 "begin without one. Leave one of them out."
             )
+
+    @property
+    def gives_alpha(self) -> bool:
+        """Whether some layer's strength is not simply 1."""
+        lists = self.block_alphas or self.conv_block_alphas
+        return self.alpha is not None or bool(self.alphas) or lists is not None
 
     def divided(self, alpha: float, rank: int) -> float:
         """The strength that an alpha means at a rank."""

@@ -144,6 +144,12 @@ class LycorisOptions(NetworkOptions):
             return oft.limit_at(self, site)
         return super().scale_at(site) if self.algo == "glora" else 1.0
 
+    def form_at(self, site: Site) -> tuple[object, ...]:
+        """boft has blocks in the place of a rank, and what is as large as the layer has nothing."""
+        if self.algo == "boft":
+            return butterfly(site.outputs, self.rank_at(site)), self.scale_at(site)
+        return super().form_at(site) if self.algo == "glora" else ()
+
 
 def _not_on_norms(options: LycorisOptions, site: Site) -> str | None:
     if site.kind == "norm":

@@ -72,6 +72,10 @@ class OftOptions(NetworkOptions):
         """The largest norm of Q; 0 is no limit."""
         return limit_at(self, site)
 
+    def form_at(self, site: Site) -> tuple[object, ...]:
+        """The groups that are turned, and how far."""
+        return block_size(self, site), self.scale_at(site)
+
 
 def limit_at(options: NetworkOptions, site: Site) -> float:
     """The largest norm that a layer's Q may have: alpha for each output; 0 is no limit."""

@@ -11,7 +11,7 @@ import torch
 from raylora.base.errors import OptionError
 from raylora.base.site import Site
 from raylora.base.site_match import first_match, matches, nearest
-from raylora.optim.block_rates import block_weights
+from raylora.optim.block_rates import BlockRates, block_weights
 from raylora.optim.options import OptimizerOptions, Part
 
 
@@ -64,6 +64,7 @@ def trained_sites(
     _check_text_rates(options, sites)
     _check_globs(options, sites)
     weights = block_weights(options.block_rates, counts, ends=ends)
+    _check_blocks(options.block_rates, sites, counts, ends=ends)
     kept = [site for site in sites if _rate(options, site, weights) != 0]
     if not kept:
         zero = (
@@ -114,6 +115,23 @@ def _check_globs(options: OptimizerOptions, sites: Sequence[Site]) -> None:
             f"optimizer.rates: {pattern!r} means no layer that carries the adapter."
             f"{nearest(pattern, sites)}"
         )
+
+
+def _check_blocks(
+    rates: BlockRates, sites: Sequence[Site], counts: tuple[int, int, int], *, ends: bool
+) -> None:
+    """What is given for blocks is for some that carry the adapter; 1 may always be written out."""
+    weights = block_weights(rates, counts, ends=ends)
+    blocks = {site.block for site in sites if site.block is not None}
+    for word in (*rates.written, "zero_threshold"):
+        usual = BlockRates.model_fields[word].default
+        without = block_weights(rates.model_copy(update={word: usual}), counts, ends=ends)
+        changed = {block for block, old in enumerate(without) if old != weights[block]}
+        if changed and not changed & blocks:
+            raise OptionError(
+                f"optimizer.block_rates.{word} is for blocks that carry no adapter (network.layers "
+                "and network.blocks choose). Leave it out, or have them trained."
+            )
 
 
 def make_groups(

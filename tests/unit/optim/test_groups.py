@@ -411,3 +411,23 @@ def test_rates_of_blocks_that_the_base_has_not_are_refused(
 ):
     with pytest.raises(OptionError, match=told):
         block_weights(BlockRates(**words), counts)
+
+
+@pytest.mark.parametrize(
+    ("rates", "word"),
+    [
+        ({"down": 0.5}, "down"),
+        ({"down": [0.5]}, "down"),
+        ({"mid": 0.5, "up": [1, 0.5]}, "up"),
+        ({"mid": 0.5, "up": 0.2, "zero_threshold": 0.3}, "up"),
+        ({"mid": 0.5, "zero_threshold": 0.1}, None),
+        ({"mid": 0.5, "up": 1}, None),
+    ],
+)
+def test_rates_of_blocks_that_carry_no_adapter_are_refused(rates: dict[str, Any], word: str | None):
+    options, sites = OptimizerOptions(block_rates=rates), [site("unet.a", 12), site("unet.time")]
+    if word is None:
+        assert trained_sites(options, sites)
+        return
+    with pytest.raises(OptionError, match=rf"block_rates\.{word} is for blocks that carry no"):
+        trained_sites(options, sites)
