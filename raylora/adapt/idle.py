@@ -20,6 +20,7 @@ _REASONS = {
     "tucker": _LARGE,
     "factor": _WHOLE,
     "decompose_both": _WHOLE,
+    "full_matrix": _WHOLE,
     "unbalanced": _WHOLE,
     "scaling": "Every layer has the same strength either way",
 }
