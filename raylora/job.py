@@ -243,11 +243,18 @@ def _part_problems(job: Job) -> Iterable[str]:
         )
 
 
+_OF_THE_FILE = (
+    *("rank", "alpha", "conv_rank", "conv_alpha", "scaling", "axis", "tucker", "factor"),
+    *("decompose_both", "full_matrix", "unbalanced", "rescale", "on_input"),
+)
+"""Options of networks that a file to start from decides, where `initial_ranks` says so."""
+
+
 def _initial_problems(network: NetworkOptions) -> Iterable[str]:
     """What the job says of ranks that are the file's."""
     if not network.initial_ranks:
         return
-    for word in ("rank", "alpha", "conv_rank", "conv_alpha", *LayerOptions.model_fields):
+    for word in (*_OF_THE_FILE, *LayerOptions.model_fields):
         field = type(network).model_fields.get(word)
         value = getattr(network, word) if field else None
         if field is not None and value != field.default:

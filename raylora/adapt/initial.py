@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raylora.adapt.kinds import DORA
 from raylora.adapt.lora_file import AdapterFile, AdapterModule
 from raylora.adapt.onto import Names, check_sizes, onto, refuse_left
 from raylora.adapt.parameters import network_of, parameters_of, scale_in
@@ -16,6 +17,8 @@ from raylora.base.errors import WeightsError
 from raylora.base.lookup import some_of
 from raylora.base.site import Site
 from raylora.networks import NetworkOptions, get_network
+from raylora.networks.dora import DoraOptions
+from raylora.networks.lycoris import LycorisOptions
 
 Weights = Mapping[str, NDArray[np.float64]]
 """One site's parameters by word."""
@@ -69,20 +72,23 @@ def initial_weights(
     _refuse_untrained(modules, sites, every)
     _refuse_other_kinds(modules, options)
     if options.initial_ranks:
-        return weights_of(modules, sites)
+        held_there = weights_of(modules, sites)
+        weights = {
+            site.name: _with_constants(held_there.weights[site.name], site, options, fresh)
+            for site in held_there.sites
+        }
+        return replace(held_there, weights=weights)
     held = {site.name: modules.get(site.name) for site in sites}
     _refuse_other_ranks(sites, held, options)
-    weights: dict[str, Weights] = {}
+    weights = {}
     for site in sites:
         module = held[site.name]
         if module is None:
             weights[site.name] = fresh(site)
             continue
         check_sizes(module, site)
-        found_there = _at_scale(module, site, options)
-        kept = get_network(options.kind).constants(options, site) - set(found_there)
-        begun = fresh(site) if kept else {}
-        weights[site.name] = {**found_there, **{word: begun[word] for word in kept & set(begun)}}
+        _refuse_other_form(module, site, options)
+        weights[site.name] = _with_constants(_at_scale(module, site, options), site, options, fresh)
     return Initial(list(sites), weights, {site.name: options.scale_at(site) for site in sites})
 
 
@@ -103,6 +109,15 @@ def weights_of(modules: Mapping[str, AdapterModule], sites: Sequence[Site]) -> I
         {site.name: parameters_of(modules[site.name], site) for site in adapted},
         {site.name: scale_in(modules[site.name], site) for site in adapted},
     )
+
+
+def _with_constants(
+    found: Weights, site: Site, options: NetworkOptions, fresh: Callable[[Site], Weights]
+) -> Weights:
+    """A file's parameters with those that no file has, as DoRA's `norm_gradient`."""
+    kept = get_network(options.kind).constants(options, site) - set(found)
+    begun = fresh(site) if kept else {}
+    return {**found, **{word: begun[word] for word in kept & set(begun)}}
 
 
 def _at_scale(module: AdapterModule, site: Site, options: NetworkOptions) -> Weights:
@@ -149,6 +164,13 @@ def _refuse_other_kinds(modules: Mapping[str, AdapterModule], options: NetworkOp
     low_rank = get_network(options.kind).low_rank
     for name, module in modules.items():
         of_file = network_of(module)
+        if isinstance(options, LycorisOptions) and of_file == options.kind:
+            algo = "norms" if module.kind == "norm" else module.kind
+            if algo != options.algo:
+                raise WeightsError(
+                    f"network.initial has {algo} at {name}, and network.algo is {options.algo}. "
+                    f"Set network.algo: {algo}."
+                )
         if of_file == options.kind or (low_rank and of_file == "lora"):
             continue
         raise WeightsError(
@@ -174,3 +196,28 @@ def _refuse_other_ranks(
             f"{some_of(wrong, _NAMED)}. Set network.initial_ranks: true in place of network.rank "
             "to take the file's, or set network.rank to them."
         )
+
+
+def _refuse_other_form(module: AdapterModule, site: Site, options: NetworkOptions) -> None:
+    """What the job says of factors, axes and the like is what the file has."""
+    network = get_network(options.kind)
+    if network.low_rank:
+        return
+    found = {word: array.shape for word, array in parameters_of(module, site).items()}
+    if isinstance(options, DoraOptions):
+        wanted = (site.outputs, 1) if options.axis == "output" else (1, site.inputs)
+        same = found.get(DORA, wanted) == wanted
+    else:
+        fresh = network.initial(options, site, np.zeros, _no_weight)
+        same = found == {word: array.shape for word, array in fresh.items()}
+    if not same:
+        told = ", ".join(f"{word} {shape}" for word, shape in sorted(found.items()))
+        raise WeightsError(
+            f"network.initial has another form of {options.kind} than this job at {site.name}: "
+            f"{told}. Leave out the network's options and set network.initial_ranks: true, or set "
+            "them to the file's."
+        )
+
+
+def _no_weight() -> NDArray[np.float64]:
+    raise AssertionError("kinds that begin from the frozen weight are told apart otherwise")

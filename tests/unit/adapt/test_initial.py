@@ -197,3 +197,56 @@ def test_another_kind_of_network_is_refused_with_what_would_take_it() -> None:
     }
     with pytest.raises(WeightsError, match=r"of 1 at .* the job of 2"):
         initial_weights(held, [Q], get_network("loha").options(rank=3, alpha=6.0), fresh)
+
+
+def written(options: NetworkOptions, site: Site) -> AdapterFile:
+    """A file of one layer, as a network with these options trains it."""
+    network = get_network(options.kind)
+
+    def draw(shape: tuple[int, ...]) -> NDArray[np.float64]:
+        return np.random.default_rng(0).uniform(-1, 1, shape)
+
+    drawn = network.initial(options, site, draw, lambda: draw((site.outputs, site.inputs)))
+    parameters = {word: torch.from_numpy(array) + 0.1 for word, array in drawn.items()}
+    parameters.pop("norm_gradient", None)
+    exported = network.export(parameters, site, options.scale_at(site))
+    one = AdapterModule(kohya_name(site.name), exported)
+    return read_adapter(adapter_bytes([one], {}, dtype=torch.float32))
+
+
+WIDE = Site(Q.name, "linear", 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_file", "of_job"),
+    [
+        ("lokr", {"factor": 4}, {"factor": 8}),
+        ("lokr", {"rank": 2}, {"rank": 2, "decompose_both": True}),
+        ("dora", {}, {"axis": "input"}),
+        ("oft", {"rank": 8}, {"rank": 4}),
+        ("oft", {}, {"rescale": True}),
+        ("lycoris", {"algo": "ia3"}, {"algo": "ia3", "on_input": True}),
+        ("lycoris", {"algo": "ia3"}, {"algo": "full"}),
+    ],
+)
+def test_a_file_of_another_form_than_the_jobs_is_refused(
+    kind: str, of_file: dict[str, Any], of_job: dict[str, Any]
+) -> None:
+    make = get_network(kind).options
+    held = written(make(kind=kind, **of_file), WIDE)
+    same = initial_weights(held, [WIDE], make(kind=kind, **of_file), lambda site: {}, [WIDE])
+    assert set(same.weights) == {WIDE.name}
+    with pytest.raises(WeightsError, match=r"another form of|network\.algo is full"):
+        initial_weights(held, [WIDE], make(kind=kind, **of_job), lambda site: {}, [WIDE])
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_what_no_file_has_is_as_the_job_says(ranks: bool) -> None:
+    make = get_network("dora").options
+    held = written(make(kind="dora"), WIDE)
+    words: dict[str, Any] = {"initial": "a.safetensors", "initial_ranks": True} if ranks else {}
+    options = make(kind="dora", norm_gradient=True, **words)
+    found = initial_weights(
+        held, [WIDE], options, lambda site: {"norm_gradient": np.ones(1)}, [WIDE]
+    )
+    assert "norm_gradient" in found.weights[WIDE.name]
