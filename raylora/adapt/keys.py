@@ -14,12 +14,9 @@ package knows one set of words. raylora's own name of a layer, a site's, is diff
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Literal
 
 from torch import nn
-
-from raylora.base.errors import WeightsError
 
 Naming = Literal["kohya", "diffusers", "comfyui"]
 """Whose names a file is written in."""
@@ -118,21 +115,6 @@ def with_text_level(name: str) -> str:
     if path.startswith(("encoder.layers.", "final_layer_norm")):
         path = _TEXT_LEVEL + path
     return f"{component}.{path}"
-
-
-def find_module(components: Mapping[str, nn.Module], name: str) -> nn.Module:
-    """The layer of a site's name in loaded components.
-
-    Raises:
-        WeightsError: no such component or layer.
-    """
-    component = name.partition(".")[0]
-    try:
-        return layer_at(components[component], name)
-    except (KeyError, AttributeError):
-        raise WeightsError(
-            f"{name}: the base has no such layer. The LoRA is for another family."
-        ) from None
 
 
 def layer_at(model: nn.Module, name: str) -> nn.Module:

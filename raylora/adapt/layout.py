@@ -58,18 +58,16 @@ def laid_out(modules: Sequence[AdapterModule], names: Names, naming: Naming) -> 
             groups[name] = [module]
             continue
         place = places[module.name]
-        name = place.kohya if naming == "kohya" else comfyui_name(place, names.kind)
+        name = place.kohya if naming == "kohya" else comfyui_name(place)
         groups.setdefault(name, []).append(_turned(module) if place.halves_swapped else module)
     return [_joined(name, parts, places, apart=apart) for name, parts in groups.items()]
 
 
-def comfyui_name(place: Place, kind: str) -> str:
-    """The module's name in ComfyUI's files."""
+def comfyui_name(place: Place) -> str:
+    """The module's name in ComfyUI's files of XL, SD 3 and FLUX; the others have kohya's."""
     if place.prefix == "lora_unet":
         return f"diffusion_model.{place.path}"
-    words = COMFYUI_ENCODERS[place.prefix]
-    word = words[-1] if kind == "sd2" else words[0]
-    return f"text_encoders.{word}.transformer.{place.path}"
+    return f"text_encoders.{COMFYUI_ENCODERS[place.prefix][0]}.transformer.{place.path}"
 
 
 def _is_moved(place: Place) -> bool:

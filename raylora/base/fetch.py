@@ -16,30 +16,6 @@ _PIECE_BYTES = 32 * 2**20
 """What is in memory of an object while it is fetched; a checkpoint may have 24 GB."""
 
 
-def local_folder(url: str, *, word: str = "family.weights") -> Path:
-    """A local folder with the objects under `url`; a local one is taken as it is.
-
-    Args:
-        word: the option that names it, for errors.
-
-    Raises:
-        WeightsError: nothing is there.
-    """
-    if not is_remote(url):
-        folder = local_path(url)
-        if not folder.is_dir():
-            raise WeightsError(
-                f"{word}: {folder} is not a folder. Give a folder in diffusers layout, "
-                "local or s3://bucket/prefix."
-            )
-        return folder
-    storage = open_storage(url)
-    entries = storage.entries()
-    if not entries:
-        raise WeightsError(f"{word}: nothing is under {url}. Check bucket and prefix.")
-    return fetch(storage, entries)
-
-
 def local_file(url: str, *, word: str = "family.weights") -> Path:
     """A local file with the bytes of one object; a local one is taken as it is.
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from raylora.adapt.deltas import delta
 from raylora.adapt.diffusers_reader import read_with_diffusers
-from raylora.adapt.keys import find_module
+from raylora.adapt.keys import layer_at
 from raylora.adapt.lora_file import read_adapter
 
 
@@ -35,7 +35,7 @@ def test_scales_are_those_that_peft_really_applies(odd: str, tmp_path: Path) -> 
         pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
     components = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     for module in modules:
-        layer: Any = find_module(components, module.name)
+        layer: Any = layer_at(components[module.name.partition(".")[0]], module.name)
         assert reading.loaded_scales[module.name] == layer.scaling["default_0"]
         assert reading.modules[module.name][2] == module.low_rank[2]
 
@@ -66,7 +66,7 @@ def test_the_settings_in_a_file_of_diffusers_own_are_read_as_diffusers_reads_the
     theirs = read_with_diffusers(path, SD15, ours)
     assert len(ours.modules) == len(theirs.modules) > 10
     for name, pair in theirs.modules.items():
-        layer: Any = find_module({"unet": pipeline.unet}, name)
+        layer: Any = layer_at(pipeline.unet, name)
         halves = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
         wanted = delta(*halves, layer.scaling["default"])
         assert theirs.loaded_scales[name] == layer.scaling["default"]

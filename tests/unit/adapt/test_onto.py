@@ -116,3 +116,44 @@ def test_a_module_for_a_layer_of_another_size_is_refused(
     check_sizes(module, site)
     with pytest.raises(WeightsError, match=r"the file's layer has a weight of .*, the base's of"):
         check_sizes(module, other)
+
+
+def rows(first: int, end: int) -> Place:
+    return Place("lora_unet", "qkv", (first, end, 9))
+
+
+def cut(**tensors: Tensor) -> dict[str, AdapterModule]:
+    """What a module that joins q, k and v of three outputs each is for them apart."""
+    places = {"unet.q": rows(0, 3), "unet.k": rows(3, 6), "unet.v": rows(6, 9)}
+    sites = [Site(name, "linear", 5, 3) for name in places]
+    words = {word.replace("__", "."): tensor for word, tensor in tensors.items()}
+    file = read_adapter(
+        adapter_bytes([AdapterModule("lora_unet_qkv", words)], {}, dtype=torch.float32)
+    )
+    found, left = onto(file, sites, places.__getitem__)
+    assert not left
+    return found
+
+
+def test_a_joined_module_is_cut_with_each_parts_own_ranks_at_the_same_strength() -> None:
+    down, up = torch.randn(6, 5), torch.zeros(9, 6)
+    up[0:3, 0:2], up[3:6, 2:6] = torch.randn(3, 2), torch.randn(3, 4)
+    found = cut(lora_down__weight=down, lora_up__weight=up, alpha=torch.tensor(3.0))
+    assert set(found) == {"unet.q", "unet.k"}, "the third part changes nothing"
+    for name, ranks in (("unet.q", slice(0, 2)), ("unet.k", slice(2, 6))):
+        own_down, own_up, scale = found[name].low_rank
+        first = 0 if name == "unet.q" else 3
+        assert torch.equal(own_down, down[ranks])
+        assert torch.equal(own_up, up[first : first + 3, ranks])
+        assert scale == 0.5
+
+
+def test_a_joined_modules_lengths_are_cut_by_rows_too() -> None:
+    lengths = torch.arange(1.0, 10).view(9, 1)
+    found = cut(
+        lora_down__weight=torch.randn(2, 5),
+        lora_up__weight=torch.randn(9, 2),
+        alpha=torch.tensor(2.0),
+        dora_scale=lengths,
+    )
+    assert torch.equal(found["unet.k"].tensors["dora_scale"].float(), lengths[3:6])

@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from raylora.adapt.deltas import delta
-from raylora.adapt.keys import Naming, find_module
+from raylora.adapt.keys import Naming, layer_at
 from raylora.adapt.lora_file import ALPHA, DOWN, UP, AdapterModule
 from raylora.adapt.readable import completed, one_alpha, readable
 
@@ -76,7 +76,7 @@ def loaded(pipeline: Any, tmp_path: Path) -> Iterator[Callable[..., dict[str, nn
 
 def assert_applied(models: dict[str, nn.Module], modules: Sequence[AdapterModule]) -> None:
     for module in modules:
-        layer: Any = find_module(models, module.name)
+        layer: Any = layer_at(models[module.name.partition(".")[0]], module.name)
         (name,) = layer.scaling
         halves = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
         found, wanted = delta(*halves, layer.scaling[name]), delta(*module.low_rank)
@@ -120,7 +120,7 @@ def test_without_completion_diffusers_drops_some_without_a_word(
     loaded: Callable[..., dict[str, nn.Module]],
 ) -> None:
     models = loaded(text_part("q and mlp"), "kohya")
-    assert not hasattr(find_module(models, Q), "lora_A")
+    assert not hasattr(layer_at(models[Q.partition(".")[0]], Q), "lora_A")
 
 
 @pytest.mark.slow

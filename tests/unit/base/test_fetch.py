@@ -8,7 +8,7 @@ from faultproxy import FaultProxy
 
 from raylora.base import fetch
 from raylora.base.errors import WeightsError
-from raylora.base.fetch import keep_text, local_file, local_folder
+from raylora.base.fetch import keep_text, local_file
 from raylora.base.storage import Storage, open_storage
 
 
@@ -23,10 +23,7 @@ def test_local_ones_are_taken_as_they_are(tmp_path: Path, home: Path):
     file.write_bytes(b"here")
     assert local_file(str(file)) == file
     assert local_file(f"file://{file}") == file
-    assert local_folder(str(tmp_path)) == tmp_path
     assert not home.exists()
-    with pytest.raises(WeightsError, match=r"family\.vae: .*/none is not a folder"):
-        local_folder(str(tmp_path / "none"), word="family.vae")
     with pytest.raises(WeightsError, match=r"family\.weights: there is no file .*/none"):
         local_file(str(tmp_path / "none"))
 
@@ -36,16 +33,16 @@ def test_a_changed_object_is_fetched_again_and_others_are_not(s3_url: str, fault
     storage = open_storage(s3_url)
     for name in ("unet/a", "b", "empty"):
         storage.write(name, b"" if name == "empty" else name.encode())
-    folder = local_folder(s3_url)
+    folder = fetch.fetch(storage, storage.entries())
     assert (folder / "unet" / "a").read_bytes() == b"unet/a"
     assert (folder / "empty").read_bytes() == b""
     storage.write("b", b"B")
     fault_proxy.reset_counts()
-    assert local_folder(s3_url) == folder
+    assert fetch.fetch(storage, storage.entries()) == folder
     assert (folder / "b").read_bytes() == b"B"
     assert fault_proxy.count("GET") == 1
     (folder / "b").write_bytes(b"cut short")
-    local_folder(s3_url)
+    fetch.fetch(storage, storage.entries())
     assert (folder / "b").read_bytes() == b"B"
 
 
