@@ -32,6 +32,7 @@ from raylora.diffusion.samplers import DrawNoise, Sampler
 from raylora.diffusion.timesteps import Draw, Shift
 from raylora.weights.base import Base
 
+_FLOAT32_BYTES = 4
 Models = Mapping[str, nn.Module]
 """Component -> model."""
 
@@ -174,9 +175,11 @@ class Family(ABC):
     def load_denoiser(self, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The frozen denoiser, ready to be adapted."""
 
-    @abstractmethod
     def fingerprint(self) -> str:
-        """Names the denoiser by its weights, without reading all of them; a run keeps to one."""
+        """Names the denoiser by its weights, without reading all of them, and by what is merged
+        into them; a run keeps to one."""
+        merged = (f"{part} {name}" for part, name in sorted(self.altered.items()))
+        return " ".join([self.base.fingerprint(self.component), *merged])
 
     @abstractmethod
     def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -189,9 +192,16 @@ class Family(ABC):
         More than `max_tokens` are not read. Syntax that is no part of the text is not counted.
         """
 
-    @abstractmethod
     def latents_bytes(self, bucket: tuple[int, int]) -> int:
-        """Size of one picture in the cache, for estimates; bucket is (width, height) in pixels."""
+        """Size of one picture in the cache, for estimates, in float32 as the encoder gives it;
+        bucket is (width, height) in pixels."""
+        width, height = (side // self.pixels_per_latent for side in bucket)
+        return self.latent_channels * width * height * _FLOAT32_BYTES
+
+    def merged_texts(self) -> dict[str, dict[str, str]]:
+        """What the facts of captions say of text encoders that files are merged into."""
+        merged = {one: self.altered[one] for one in self.text_components if one in self.altered}
+        return {"merged": merged} if merged else {}
 
     @abstractmethod
     def load_encoder(self, *, device: torch.device) -> Encoder:

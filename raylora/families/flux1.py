@@ -159,11 +159,6 @@ class Flux1(Family):
         self.alter("transformer", transformer)
         return transformer
 
-    def fingerprint(self) -> str:
-        """Of the transformer's weights, wherever they lie, and of what is merged into them."""
-        merged = (f"{part} {name}" for part, name in sorted(self.altered.items()))
-        return " ".join([self.base.fingerprint("transformer"), *merged])
-
     def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Names the VAE and both text encoders by their bytes."""
         latents_facts = {
@@ -182,19 +177,11 @@ class Flux1(Family):
             "mask_t5": self._masked,
             "dtype": "float32",
         }
-        merged = {one: self.altered[one] for one in self.text_components if one in self.altered}
-        if merged:
-            text_facts["merged"] = merged
-        return latents_facts, text_facts
+        return latents_facts, text_facts | self.merged_texts()
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """By T5's tokenizer. CLIP reads the first 75 of its own."""
         return count_caption_tokens(self._tokenizers[1], captions)
-
-    def latents_bytes(self, bucket: tuple[int, int]) -> int:
-        """float32, as the encoder gives them."""
-        width, height = (side // self.pixels_per_latent for side in bucket)
-        return self.latent_channels * width * height * _FLOAT32_BYTES
 
     def load_encoder(self, *, device: torch.device) -> Encoder:
         """VAE and both text encoders in float32."""

@@ -116,11 +116,6 @@ class Sd15(Family):
         self.alter("unet", unet)
         return unet
 
-    def fingerprint(self) -> str:
-        """Of the UNet's weights, wherever they lie, and of what is merged into them."""
-        merged = (f"{part} {name}" for part, name in sorted(self.altered.items()))
-        return " ".join([self.base.fingerprint("unet"), *merged])
-
     def encoder_facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Names the VAE and the text encoders by their bytes."""
         latents_facts = {
@@ -130,7 +125,7 @@ class Sd15(Family):
             "pick": "mode",
             "dtype": "float32",
         }
-        text_facts: dict[str, Any] = {
+        text_facts = {
             "family": self.kind,
             "text_encoders": [self.base.content_hash(one) for one in self.text_components],
             "tokenizers": [self.base.tokenizer_hash(one) for one in self._tokenizer_names],
@@ -139,21 +134,13 @@ class Sd15(Family):
             "weighted_captions": self._options.weighted_captions,
             "dtype": "float32",
         }
-        merged = {one: self.altered[one] for one in self.text_components if one in self.altered}
-        if merged:
-            text_facts["merged"] = merged
-        return latents_facts, text_facts
+        return latents_facts, text_facts | self.merged_texts()
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """By the base's own tokenizer; with `weighted_captions`, of the text without the syntax."""
         weighted = self._options.weighted_captions
         found = caption_tokens(self._tokenizers[0], captions, weighted=weighted)
         return [len(tokens) for tokens in found]
-
-    def latents_bytes(self, bucket: tuple[int, int]) -> int:
-        """float32, as the encoder gives them."""
-        width, height = (side // self.pixels_per_latent for side in bucket)
-        return self.latent_channels * width * height * _FLOAT32_BYTES
 
     def load_encoder(self, *, device: torch.device) -> Encoder:
         """VAE and text encoders in float32."""
