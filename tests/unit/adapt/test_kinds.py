@@ -92,6 +92,7 @@ FILES: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]] = {
         {"oft_blocks": draw(4, 3, 3), "rescale": draw(12, 1, 1, 1) + 1, **alpha(0.0)},
     ),
     "oft limited": (LINEAR, {"oft_blocks": draw(4, 3, 3), **alpha(0.01)}),
+    "oft within its limit": (LINEAR, {"oft_blocks": draw(4, 3, 3), **alpha(50.0)}),
     "boft": ((16, 8), {"oft_blocks": draw(3, 4, 4, 4), **alpha(0.0)}),
     "boft conv": ((16, 8, 3, 3), {"oft_blocks": draw(3, 4, 4, 4), **alpha(0.01)}),
 }  # fmt: skip

@@ -268,3 +268,18 @@ def test_only_flow_models_have_a_shift(shift: Any):
     (told,) = timestep_problems(given, EPSILON, "sd15")
     assert f"timesteps.shift is {shift}" in told
     assert "sd15 has 1000 fixed timesteps" in told
+
+
+def test_mode_never_draws_a_picture_without_noise(monkeypatch: pytest.MonkeyPatch):
+    """The largest u that there is means pure noise, so that what is left out is the clean end."""
+    monkeypatch.setattr("raylora.diffusion.timesteps.uniforms", lambda generator, count: [0.0])
+    for words in ({"draw": "uniform"}, {"draw": "mode", "mode_scale": 0.0}):
+        source = make_timesteps(options(**words), FLOW, DEV)
+        assert float(source.draw(SIZE, seed=0, step=0, samples=[1])) == 1000.0
+
+
+def test_whole_timesteps_end_below_what_the_base_has():
+    """A share that rounds to 1 would be one beyond the last."""
+    given = options(draw="logit_normal", mean=60.0)
+    source = make_timesteps(given, EPSILON, {}, high=800)
+    assert source.draw(SIZE, seed=0, step=0, samples=NUMBERS[:8]).tolist() == [799] * 8

@@ -181,26 +181,30 @@ def test_pissas_change_keeps_its_digits_in_bf16():
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def numbers_kept(**words: bool) -> int:
+def numbers_kept(site: Site, **words: bool) -> int:
     """How many numbers a layer keeps for its gradients."""
     options = LoraOptions(rank=4, **words)
-    frozen = network.constants(options, LINEAR)
-    arrays = initial(options, LINEAR, draw, no_weight)
+    frozen = network.constants(options, site)
+    arrays = initial(options, site, draw, no_weight)
     held = {
         word: torch.from_numpy(array).requires_grad_(word not in frozen)
         for word, array in arrays.items()
     }
     kept = []
-    x = normal(0, 2, 100, 40).requires_grad_()
+    inputs, outputs = (
+        ((2, 100, 40), (2, 100, 30)) if site is LINEAR else ((2, 40, 10, 10), (2, 30, 10, 10))
+    )
+    x = normal(0, *inputs).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t.numel()) or t, lambda t: t
     ):
-        forward(held, x, normal(1, 2, 100, 30), 1.0, LINEAR)
+        forward(held, x, normal(1, *outputs), 1.0, site)
     return sum(kept)
 
 
-def test_a_frozen_down_need_not_keep_its_inputs():
-    assert numbers_kept() - numbers_kept(freeze_down=True) == 2 * 100 * 40
+@pytest.mark.parametrize("site", [LINEAR, CONV], ids=["linear", "conv"])
+def test_a_frozen_down_need_not_keep_its_inputs(site: Site):
+    assert numbers_kept(site) - numbers_kept(site, freeze_down=True) == 2 * 100 * 40
 
 
 @pytest.mark.parametrize(
