@@ -57,7 +57,7 @@ class LoconOptions(lora.LowRankOptions):
             guides="Tucker, CP decomposition",
         ),
     )
-    """Split convolutions larger than 1x1 in three instead of two: at equal rank some nine times
+    """Split convolutions larger than 1x1 in three instead of two: at equal rank up to five times
     smaller on 3x3 layers. Such files need a reader that knows `lora_mid`."""
 
     def problems(self, network: Network) -> Iterator[str]:

@@ -90,3 +90,13 @@ def test_tuckers_form_is_for_convolutions_larger_than_1x1():
     }
     with pytest.raises(ValidationError, match="three factors have no principal start"):
         LoconOptions(tucker=True, start="pissa")
+
+
+def test_tuckers_form_is_up_to_five_times_smaller_on_3x3_layers():
+    wide = Site("unet.c", "conv", 1280, 1280, kernel=(3, 3), padding=(1, 1))
+    sizes = []
+    for tucker in (False, True):
+        options = LoconOptions(rank=4, tucker=tucker)
+        held = network.initial(options, wide, np.zeros, lambda: np.zeros(()))
+        sizes.append(sum(array.size for array in held.values()))
+    assert 4.5 < sizes[0] / sizes[1] < 5
