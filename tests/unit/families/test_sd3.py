@@ -437,3 +437,19 @@ def test_words_of_t5_are_refused_where_there_is_none(without_t5: Path, words: An
 def test_settings_of_text_have_bounds(words: dict[str, Any]):
     with pytest.raises(ValidationError, match=next(iter(words))):
         Sd3Options(weights="x", **words)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd35"])
+def test_halves_change_places_where_diffusers_norm_has_scale_first(kind: str):
+    family = opened(kind)
+    sites = family.sites(family.skeletons()[0])
+    swapped = {site.name for site in sites if family.place(site.name).halves_swapped}
+    last = f"transformer.transformer_blocks.{family.blocks[0] - 1}.norm1_context.linear"
+    assert swapped == {"transformer.norm_out.linear", last}
+
+
+def test_what_is_read_of_a_caption_leaves_room_for_its_last_token():
+    family = opened(t5_max_tokens=100)
+    (many,) = family.count_tokens(["ink, " * 300])
+    ids = family.tokens(["ink, " * 300, ""])["ids_3"]
+    assert many > family.max_tokens == (ids[0] > 1).sum() == 99
