@@ -114,7 +114,8 @@ def _sentence(path: str, detail: ErrorDetails, root: type[BaseModel]) -> str:
         return f"{path}: missing. Give it a value."
     message = _plain(detail["msg"])
     if detail["type"] in {"value_error", "assertion_error"}:
-        return f"{path}: {message}" if path and not message.startswith(f"{path}.") else message
+        named = not path or message.startswith((f"{path}.", f"{path} ", f"{path}:"))
+        return message if named else f"{path}: {message}"
     return f"{path} is {found}: {message[:1].lower()}{message[1:]}."
 
 

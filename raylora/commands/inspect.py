@@ -26,6 +26,9 @@ _FAMILIES = {
     "sdxl_base_v1-0": "SDXL",
     "flux1": "FLUX.1",
     "sd3m": "Stable Diffusion 3",
+    "sd3-medium": "Stable Diffusion 3 medium",
+    "sd3-5-medium": "Stable Diffusion 3.5 medium",
+    "sd3-5-large": "Stable Diffusion 3.5 large",
 }
 _HASH_WORDS = {True: "fits the weights", False: "DOES NOT FIT the weights", None: "not in the file"}
 

@@ -50,7 +50,7 @@ def command(file: Path, base: str, family: str | None, as_json: bool) -> dict[st
             "saved. Take the file from where it was made."
         )
     _quieten_libraries()
-    kind = family or _family_of(file, adapter)
+    kind = family or family_of(file, adapter)
     make, options = get_family(kind)
     report = verify_predictions(
         file, make(open_base(base, kind=options.layout), options(kind=kind, weights=base))
@@ -78,14 +78,15 @@ def command(file: Path, base: str, family: str | None, as_json: bool) -> dict[st
     return {"file": str(file), "base": base, "hashes": hashed, **asdict(report)}
 
 
-def _family_of(file: Path, adapter: AdapterFile) -> str:
+def family_of(file: Path, adapter: AdapterFile) -> str:
     """What the file's header or its names tell.
 
     Raises:
         OptionError: they leave several families.
     """
     found = families_of(adapter)
-    told = _BY_HEADER.get(adapter.metadata.get("ss_base_model_version", ""))
+    version = adapter.metadata.get("ss_base_model_version", "")
+    told = "sd3" if version.startswith(_SD3) else _BY_HEADER.get(version)
     if told in found:
         return told
     if len(found) == 1:
@@ -103,7 +104,8 @@ _BY_HEADER = {
     "sdxl_base_v1-0": "sdxl",
     "flux1": "flux1",
 }
-"""ss_base_model_version -> `family.kind`; SD 3 has several words there."""
+"""ss_base_model_version -> `family.kind`."""
+_SD3 = "sd3"  # what SD 3's several words there begin with
 
 
 def _quieten_libraries() -> None:

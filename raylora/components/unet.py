@@ -71,6 +71,37 @@ def check_stable_diffusion(base: Base, config: Mapping[str, Any], *, linear: boo
         )
 
 
+def check_widths(base: Base, config: Mapping[str, Any], *, channels: int, text: int) -> None:
+    """Refuse a VAE or text encoders that the UNet was not made for.
+
+    Args:
+        config: of `unet_config`.
+        channels: of the VAE's latents.
+        text: how wide the text encoders' states are, side by side.
+
+    Raises:
+        WeightsError: they do not fit.
+    """
+    takes = int(config.get("in_channels", 4))
+    if takes > int(config.get("out_channels", 4)):
+        raise WeightsError(
+            f"{base.name}: its unet reads {takes} channels: this is an inpainting or editing "
+            "model, which raylora does not train. Give the model that it was made from."
+        )
+    if takes != channels:
+        raise WeightsError(
+            f"{base.name}: its unet reads latents of {takes} channels, and the VAE makes "
+            f"{channels}: it is another family's. Set family.vae to one that belongs to it, or "
+            "leave family.vae out."
+        )
+    reads = config.get("cross_attention_dim", text)
+    if isinstance(reads, int) and reads != text:
+        raise WeightsError(
+            f"{base.name}: its unet reads text {reads} wide, and the text encoders give {text}. "
+            "Give those that belong to it in family.parts, or leave family.parts out."
+        )
+
+
 def scheduler_process(base: Base, *, kind: str) -> Process:
     """How the base was trained, from its scheduler's config.
 

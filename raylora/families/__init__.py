@@ -77,9 +77,12 @@ class FamilyOptions(Options):
             sd_scripts="--clip_l, --clip_g, --t5xxl, --ae", guides="separate text encoders"
         ),
     )
-    """Other components than the base's, each by its name (text_encoder, text_encoder_2, ...): a
-    folder or a .safetensors file, local or s3://, or a model hub's id. For checkpoints that hold
-    the denoiser alone."""
+    """Other components than the base's, each by its name (text_encoder, text_encoder_2, ...;
+    tokenizer, ...; scheduler): a folder or a .safetensors file, local or s3://, or a model hub's
+    id. For checkpoints that hold the denoiser alone. A single checkpoint has no configs and no
+    tokenizers: they are the usual base's, whose tokenizers come from its hub. `config` names a
+    folder in diffusers layout that has both, for models of other sizes and machines without a
+    connection."""
     loras: tuple[BaseLora, ...] = Field(
         (),
         json_schema_extra=known_as(

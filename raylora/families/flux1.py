@@ -357,12 +357,18 @@ class Flux1(Family):
 
 
 def _check_widths(base: Base, config: Mapping[str, Any], channels: int) -> None:
-    patch = PATCH * PATCH * channels
-    if config["in_channels"] != patch:
+    takes, patch = config["in_channels"], PATCH * PATCH * channels
+    if takes != (config.get("out_channels") or takes):
         raise WeightsError(
-            f"{base.name}: its transformer takes {config['in_channels']} numbers a patch, and its "
-            f"VAE's latents make {patch}: this is a FLUX.1 for filling or for control pictures, "
-            "which raylora does not train. Use FLUX.1-dev or -schnell."
+            f"{base.name}: its transformer takes {takes} numbers a patch: this is a FLUX.1 for "
+            "filling or for control pictures, which raylora does not train. Use FLUX.1-dev or "
+            "-schnell."
+        )
+    if takes != patch:
+        raise WeightsError(
+            f"{base.name}: its transformer takes {takes} numbers a patch, and the VAE's latents "
+            f"make {patch}: it is another family's. Set family.vae to FLUX.1's, or leave "
+            "family.vae out."
         )
     text = base.config("text_encoder_2")["d_model"]
     if config["joint_attention_dim"] != text:

@@ -28,6 +28,7 @@ from raylora.components.clip import (
 from raylora.components.pipelines import UnetRenderer, base_scheduler
 from raylora.components.unet import (
     check_stable_diffusion,
+    check_widths,
     empty_unet,
     load_unet,
     scheduler_process,
@@ -76,7 +77,9 @@ class Sd15(Family):
         self._unet_config = unet_config(base, kind=self.kind)
         self._vae_facts = vae_facts(base, kind=self.kind)
         self._text_configs = [base.config(component) for component in self.text_components]
+        widths = sum(config["hidden_size"] for config in self._text_configs)
         self._check()
+        check_widths(base, self._unet_config, channels=self._vae_facts.channels, text=widths)
         self.process = scheduler_process(base, kind=self.kind)
         self.pixels_per_latent = self._vae_facts.pixels_per_latent
         self.latent_channels = self._vae_facts.channels
@@ -85,7 +88,6 @@ class Sd15(Family):
         self.size_step = self.pixels_per_latent * 2**halvings
         self.max_tokens = options.max_tokens
         self.longer_tokens = tuple(n for n in get_args(MaxTokens) if n > options.max_tokens)
-        widths = sum(config["hidden_size"] for config in self._text_configs)
         self.text_bytes = (options.max_tokens + 2) * widths * _FLOAT32_BYTES
         v = self.process.prediction == "v_prediction"
         self.metadata = {

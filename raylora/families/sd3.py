@@ -75,8 +75,9 @@ class Sd3Options(FamilyOptions):
             sd_scripts="--t5xxl_max_token_length", guides="T5 sequence length"
         ),
     )
-    """Tokens that T5 reads of a caption, with its last one; shorter captions are padded to it. Both
-    CLIPs read the first 75 of their own. Previews use the same."""
+    """Tokens that T5 reads of a caption, with its last one; shorter captions are padded to it, and
+    a base without T5 has so many zeros. Both CLIPs read the first 75 of their own. Previews use the
+    same."""
     mask_clip: bool = Field(False, json_schema_extra=known_as(sd_scripts="--apply_lg_attn_mask"))
     """Let both CLIPs read captions without looking at the padding behind them. SD 3 was trained
     without and other programs draw without, so leave it off unless they are told to mask too.
@@ -151,6 +152,13 @@ class Sd3(Family):
         }
 
     def _check_widths(self, config: Mapping[str, Any]) -> None:
+        takes, makes = int(config["in_channels"]), self._vae_facts.channels
+        if takes != makes:
+            raise WeightsError(
+                f"{self.base.name}: its transformer reads latents of {takes} channels, and the VAE "
+                f"makes {makes}: it is another family's. Set family.vae to one that belongs to it, "
+                "or leave family.vae out."
+            )
         pooled = sum(self._pooled_widths)
         if config["pooled_projection_dim"] != pooled:
             raise WeightsError(

@@ -293,17 +293,28 @@ class PreviewOptions(Options):
                 told = f"{place} {size[0]}x{size[1]}"
                 found.append(f"{told}: this base needs multiples of {size_step}.")
             found += filled._unheard(number, own)
-            given = (own.embedded_guidance, self.embedded_guidance)
-            told_guidance = [guidance for guidance in given if guidance is not None]
-            if told_guidance and usual.embedded_guidance is None:
-                found.append(
-                    f"preview.embedded_guidance is {told_guidance[0]:g}, and this base is told no "
-                    "guidance: FLUX.1-dev is. Write preview.guidance for classifier-free guidance, "
-                    "or leave it out."
+            if usual.embedded_guidance is None:
+                found += self._told_in_vain(number, own)
+            word = "preview.sampler"
+            if own.sampler is not None:
+                word = f"preview.prompts.{number}.sampler (--ss)"
+            wrong = sampler_problems([own.sampler or self.sampler or usual.sampler], process)
+            found += [f"{word}: {problem}" for problem in wrong]
+        return list(dict.fromkeys(found))
+
+    def _told_in_vain(self, number: int, own: PromptOptions) -> Iterator[str]:
+        """A guidance as a number, for a base that is told none."""
+        words = {
+            f"preview.prompts.{number}.embedded_guidance (--g)": own.embedded_guidance,
+            "preview.embedded_guidance": self.embedded_guidance,
+        }
+        for word, guidance in words.items():
+            if guidance is not None:
+                cfg = word.replace("embedded_", "").replace("--g", "--l")
+                yield (
+                    f"{word} is {guidance:g}, and this base is told no guidance: FLUX.1-dev is. "
+                    f"Write {cfg} for classifier-free guidance, or leave it out."
                 )
-        samplers = [picture.sampler for picture in filled.pictures()]
-        wrong = sampler_problems(samplers, process)
-        return [*dict.fromkeys(found), *(f"preview.sampler: {problem}" for problem in wrong)]
 
     def _unheard(self, number: int, own: PromptOptions) -> Iterator[str]:
         """A negative prompt that no guidance looks at, where the guidance is known."""

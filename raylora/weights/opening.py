@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from raylora.base.errors import WeightsError
 from raylora.base.fetch import is_remote, local_path
@@ -107,9 +107,32 @@ def check_whole(kind: str, main: Source, parts: Mapping[str, Source]) -> None:
         if name not in _OPTIONAL and not parts.get(name, main).has(name)
     ]
     if missing:
+        if not parts:
+            _refuse_others_folder(kind, main, missing)
         words = ["family.vae" if name == "vae" else f"family.parts.{name}" for name in missing]
         raise WeightsError(
             f"{main.name} has no {' and no '.join(missing)}. Set {' and '.join(words)}: a folder "
             "or a .safetensors file, local or s3://, or a model hub's id; or choose the family "
             "that fits the weights."
+        )
+
+
+def _refuse_others_folder(kind: str, main: Source, missing: Sequence[str]) -> None:
+    """WeightsError where the source is whole for another family, or has no model at all."""
+    held = {name for models in _MODELS.values() for name in models if main.has(name)}
+    if not held:
+        raise WeightsError(
+            f"family.weights: {main.name} is no folder in diffusers layout, since it has no "
+            f"{' and no '.join(missing)} in it. Give the folder that has them."
+        )
+    others = [
+        other
+        for other, models in _MODELS.items()
+        if other != kind and held - set(_OPTIONAL) == set(models) - set(_OPTIONAL)
+    ]
+    if others:
+        raise WeightsError(
+            f"family.weights: {main.name} has {', '.join(sorted(held))} and no "
+            f"{' and no '.join(missing)}, as {' and '.join(FAMILIES[one] for one in others)} have. "
+            f"Set family.kind: {' or '.join(others)}."
         )

@@ -127,7 +127,7 @@ def test_fp16_on_a_cpu_is_warned_about(tmp_path: Path):
         ),
         (
             {"noise__zero_terminal_snr": True, "preview__prompts": ["a --ss heun"]},
-            "preview.sampler: heun",
+            "preview.prompts.0.sampler (--ss): heun",
         ),
         ({"log__wandb": {}}, "log.wandb"),
         ({"timesteps__shift": 2.0}, "timesteps.shift is 2.0: a shift is of flow models' sigmas"),
@@ -282,7 +282,7 @@ def test_precisions_that_a_gpu_is_for_are_not_warned_of_there(
         ({"training__max_timestep": 1001}, "training.min_timestep 0 and max_timestep 1001"),
         (
             {"preview__prompts": ["a --ss ddim"]},
-            "preview.sampler: ddim is not for flow models. Choose euler or heun.",
+            "preview.prompts.0.sampler (--ss): ddim is not for flow models. Choose euler or heun.",
         ),
         (
             {"preview__prompts": ["a --n b"], "preview__guidance": None},

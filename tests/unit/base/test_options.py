@@ -30,6 +30,8 @@ class Network(Options):
     def _even(cls, rank: int) -> int:
         if rank % 2:
             raise ValueError(f"rank {rank} is odd. Choose {rank - 1} or {rank + 1}.")
+        if rank > 100:
+            raise ValueError(f"network.rank is {rank}, which is too many.")
         return rank
 
 
@@ -164,3 +166,10 @@ def test_words_of_a_section_are_found_by_its_path():
     assert words_at(Tree, "network") == ["kind", "rank"]
     assert words_at(Tree, "steps") == []
     assert words_at(Tree, "nowhere.at.all") == []
+
+
+def test_a_sentence_that_begins_with_its_place_is_not_given_it_twice():
+    (told,) = problems_of(network={"kind": "lora", "rank": 102})
+    assert told == "network.rank is 102, which is too many."
+    (told,) = problems_of(network={"kind": "lora", "rank": 3})
+    assert told == "network.rank: rank 3 is odd. Choose 2 or 4."

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import TINY_BASE, file_bytes, random_adapter
+from safetensors.torch import save
 
+from raylora.adapt.lora_file import read_adapter
+from raylora.adapt.recognise import families_of
+from raylora.base.errors import OptionError
 from raylora.cli import run
+from raylora.commands.verify import family_of
 
 pytestmark = pytest.mark.slow
 
@@ -47,3 +52,16 @@ def test_changed_weights_and_a_missing_base_are_mistakes(
     file.write_bytes(data)
     assert run(["verify", str(file), "--base", str(TINY_BASE)]) == 2
     assert "sshs_model_hash does not fit the weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["sd3-medium", "sd3-5-large"])
+def test_a_file_whose_names_tell_sd3_and_flux_not_apart_is_told_by_its_header(version: str) -> None:
+    tensors = {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 32),
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.zeros(32, 2),
+    }
+    said = read_adapter(save(tensors, {"ss_base_model_version": version}))
+    assert families_of(said) == {"sd3", "flux1"}
+    assert family_of(Path("a.safetensors"), said) == "sd3"
+    with pytest.raises(OptionError, match="may be for flux1, sd3: nothing in it tells"):
+        family_of(Path("a.safetensors"), read_adapter(save(tensors)))

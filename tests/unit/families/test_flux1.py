@@ -438,7 +438,12 @@ def changed(tmp_path: Path, part: str, **words: Any) -> Path:
             {"_class_name": "SD3Transformer2DModel"},
             "flux1 needs a FluxTransformer2D",
         ),
-        ("transformer", {"in_channels": 128}, "takes 128 numbers a patch, .* make 64"),
+        (
+            "transformer",
+            {"in_channels": 128, "out_channels": 64},
+            "takes 128 numbers a patch: this is a FLUX.1 for filling",
+        ),
+        ("vae", {"latent_channels": 4}, "the VAE's latents make 16: .* Set family.vae to FLUX.1's"),
         ("text_encoder_2", {"d_model": 48}, "reads text 32 wide, and text_encoder_2 gives 48"),
         ("vae", {"_class_name": "AutoencoderDC"}, "flux1 needs a AutoencoderKL"),
     ],

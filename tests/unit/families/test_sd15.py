@@ -73,6 +73,9 @@ def test_facts_of_the_tiny_base():
             "prediction_type 'sample'; sd15 knows epsilon and v_prediction",
         ),
         ("scheduler/scheduler_config.json", {"beta_schedule": "odd"}, "beta_schedule 'odd'"),
+        ("unet/config.json", {"in_channels": 9}, "reads 9 channels: this is an inpainting"),
+        ("vae/config.json", {"latent_channels": 16}, "4 channels, and the VAE makes 16"),
+        ("text_encoder/config.json", {"hidden_size": 48}, "text encoders give 48"),
     ],
 )
 def test_a_base_of_another_kind_is_refused(base: Path, file: str, words: Any, sentence: str):

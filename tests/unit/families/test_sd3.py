@@ -412,6 +412,7 @@ def test_what_a_picture_is_asked_to_be_changes_it():
         ("text_encoder_2", {"projection_dim": 48}, "pooled text 64 wide, .* give 80"),
         ("text_encoder_3", {"d_model": 48}, "text 64 wide, and text_encoder_3 gives 48"),
         ("vae", {"_class_name": "AutoencoderDC"}, "sd3 needs a AutoencoderKL"),
+        ("vae", {"latent_channels": 4}, "16 channels, and the VAE makes 4: .*family.vae"),
     ],
 )
 def test_a_base_of_another_kind_is_refused(tmp_path: Path, part: str, words: Any, sentence: str):

@@ -156,7 +156,7 @@ def test_pictures_that_a_base_cannot_draw_are_told_by_their_place():
         "preview.prompts.1 40x64: this base needs multiples of 16.",
     ]
     (told,) = problems(read(prompts=["a", "d --ss heun"]), RESCALED)
-    assert told.startswith("preview.sampler: heun cannot start from pure noise")
+    assert told.startswith("preview.prompts.1.sampler (--ss): heun cannot start from pure noise")
     assert problems(read(width=70), RESCALED) == [], "nothing is drawn"
     (told,) = problems(read(prompts=["a"], sampler="ddim"), Flow())
     assert told == "preview.sampler: ddim is not for flow models. Choose euler or heun."
@@ -177,9 +177,22 @@ def test_what_is_null_is_the_familys_usual_wherever_it_is_looked_at():
     assert problems(read(prompts=["a --n b"]), V) == []
 
 
-@pytest.mark.parametrize("words", [{"embedded_guidance": 0}, {"prompts": ["a --g 0"]}])
-def test_a_guidance_as_a_number_is_refused_where_the_base_is_told_none(words: dict[str, Any]):
+@pytest.mark.parametrize(
+    ("words", "place", "instead"),
+    [
+        ({"embedded_guidance": 0}, "preview.embedded_guidance", "preview.guidance"),
+        (
+            {"prompts": ["a", "b --g 0"]},
+            "preview.prompts.1.embedded_guidance (--g)",
+            "preview.prompts.1.guidance (--l)",
+        ),
+    ],
+)
+def test_a_guidance_as_a_number_is_refused_where_the_base_is_told_none(
+    words: dict[str, Any], place: str, instead: str
+):
     options = read(**{"prompts": ["a"], **words})
     (told,) = problems(options, V)
-    assert told.startswith("preview.embedded_guidance is 0, and this base is told no guidance")
+    assert told.startswith(f"{place} is 0, and this base is told no guidance")
+    assert f"Write {instead} for classifier-free guidance" in told
     assert options.problems(SD._replace(embedded_guidance=3.5), size_step=16, process=V) == []

@@ -272,3 +272,23 @@ def test_a_file_in_storage_is_fetched_once_in_pieces(
 )
 def test_a_bases_licence_is_what_its_page_names(readme: str, license: str):
     assert read_license(readme) == (license or None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "sentence"),
+    [
+        ("sdxl", "sd15", "and no text_encoder_2, as .*1.x and .*2.x have. Set .* sd15 or sd2"),
+        ("flux1", "sd15", "no transformer and no text_encoder_2, as .* Set .* sd15 or sd2"),
+        ("sd2", "flux1", "and no unet, as .* Set family.kind: sd3 or flux1"),
+    ],
+)
+def test_a_folder_that_is_whole_for_another_family_is_sent_there(
+    kind: str, base: str, sentence: str
+):
+    with pytest.raises(WeightsError, match=sentence):
+        open_base(str(random_folder(base)), kind=kind)
+
+
+def test_a_folder_without_any_model_is_not_asked_for_parts(tmp_path: Path):
+    with pytest.raises(WeightsError, match=r"is no folder in diffusers layout, since it has no un"):
+        open_base(str(tmp_path), kind="sd15")
