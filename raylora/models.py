@@ -213,9 +213,17 @@ def _under(job: Job, family: Family, denoiser: nn.Module, device: torch.device) 
     if url is None:
         return None
     called, (_, exact) = f"{_UNDER} {url}", PRECISIONS[job.training.precision]
-    file = _adapter(_read_file(url, _UNDER), called)
+    data = _read_file(url, _UNDER)
+    found = _fitted(data, called, all_sites(family), names_of(family))
+    others = [name for name in found if not name.startswith(f"{family.component}.")]
+    if others:
+        raise WeightsError(
+            f"{called}: it has {len(others)} layers of text encoders, {some_of(others, _NAMED)}, "
+            f"and a training adapter is of the {family.component} alone. Give one without them, or "
+            "merge the file with family.loras."
+        )
     try:
-        sites = family.sites(denoiser)
+        file, sites = _adapter(data, called), family.sites(denoiser)
         return frozen_adapter(file, sites, family.place, dtype=exact, device=device)
     except WeightsError as error:
         raise WeightsError(f"{called}: {error}") from error

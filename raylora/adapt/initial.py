@@ -64,9 +64,12 @@ def initial_weights(
         WeightsError: the file has layers that the job does not train, other ranks than the job or
             another kind of network, or is for another base.
     """
-    refuse_others(file, names.kind)
-    found, left = onto(file, every, names.place)
-    refuse_left(left)
+    try:
+        refuse_others(file, names.kind)
+        found, left = onto(file, every, names.place)
+        refuse_left(left)
+    except WeightsError as error:
+        raise WeightsError(f"network.initial: {error}") from error
     # Where both halves are zero, training would never move them: such a module only fills a file.
     modules = {name: module for name, module in found.items() if not module.is_empty}
     _refuse_untrained(modules, sites, every)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from raylora.adapt.lora_file import AdapterModule, read_adapter, write_adapter
-from raylora.adapt.onto import onto
+from raylora.adapt.onto import all_sites, onto
 from raylora.assemble import content, open_store
 from raylora.base.errors import JobError
 from raylora.base.site import Site
@@ -199,9 +199,18 @@ def test_a_file_that_cannot_lie_under_the_adapter_is_told_before_training(
     start = f"family.training_adapter {path}: "
     assert problem(job).startswith(f"family.training_adapter: there is no file {path}")
     text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
-    wide = random_module("", (96, 96)).tensors
-    write_adapter(path, [AdapterModule(text, wide)], {}, dtype=torch.float32)
+    (read,) = [one for one in all_sites(family) if family.place(one.name).kohya == text]
+    held = random_module("", shape_of(read)).tensors
+    write_adapter(path, [AdapterModule(text, held)], {}, dtype=torch.float32)
+    assert problem(job).startswith(f"{start}it has 1 layers of text encoders, {read.name}, and a")
+    other = random_module("", shape_of(site)).tensors
+    nowhere = "lora_unet_down_blocks_9_attentions_0_proj_in"
+    write_adapter(path, [AdapterModule(nowhere, other)], {}, dtype=torch.float32)
     assert problem(job).startswith(f"{start}the base has no such layer for 1 modules of the file")
+    write_adapter(
+        path, [AdapterModule("lora_unet_double_blocks_0_img_mlp_0", other)], {}, dtype=torch.float32
+    )
+    assert problem(job).startswith(f"{start}the LoRA is for FLUX.1, and the base is Stable Diff")
     other = random_module("", (site.outputs + 8, site.inputs)).tensors
     write_adapter(path, [AdapterModule(name, other)], {}, dtype=torch.float32)
     assert "The LoRA was trained on another base" in problem(job)
