@@ -52,12 +52,8 @@ SAID_HERE = {
     "family.weighted_captions": "--weighted_captions",
     "memory.encode_batch": "--vae_batch_size",
     "memory.max_micro_batch": "--train_batch_size",
-    "training.epochs": "--max_train_epochs",
-    "training.images_per_step": "--train_batch_size times --gradient_accumulation_steps times "
-    "--num_processes",
     "training.max_timestep": "--max_timestep",
     "training.min_timestep": "--min_timestep",
-    "training.steps": "--max_train_steps (counted on each process there)",
 }
 """sd-scripts' names of options whose own file does not give one."""
 

@@ -109,6 +109,9 @@ def _sentence(path: str, detail: ErrorDetails, root: type[BaseModel]) -> str:
         others = [kind for kind, words in _kinds_at(root, section).items() if word in words]
         if others:
             return f"{path}: no option of this kind; it is one of kind {one_of(others)}."
+        theirs = _called(word, section, root)
+        if theirs:
+            return f"{path}: no such option. What sd-scripts calls {word} is {theirs} here."
         return f"{path}: no such option.{did_you_mean(word, allowed)}"
     if detail["type"] == "missing":
         return f"{path}: missing. Give it a value."
@@ -117,6 +120,26 @@ def _sentence(path: str, detail: ErrorDetails, root: type[BaseModel]) -> str:
         named = not path or message.startswith((f"{path}.", f"{path} ", f"{path}:"))
         return message if named else f"{path}: {message}"
     return f"{path} is {found}: {message[:1].lower()}{message[1:]}."
+
+
+def _called(word: str, section: str, root: type[BaseModel]) -> str:
+    """The options of a section, or else of all, that stand for a word of sd-scripts; "" is none."""
+    found = [path for path, names in _sd_scripts(root) if word in names]
+    near = [path for path in found if path.rpartition(".")[0] == section]
+    return " or ".join(dict.fromkeys(near or found))
+
+
+def _sd_scripts(model: type[BaseModel], place: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Each option's path, and what sd-scripts calls it on its command line."""
+    for word, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        known = extra.get("known_as") if isinstance(extra, dict) else None
+        said = str(known.get("sd_scripts", "")) if isinstance(known, dict) else ""
+        if said.startswith("--"):
+            names = re.findall(r"--(?:network_args |optimizer_args )?(\w{4,})", said)
+            yield f"{place}{word}", names
+        for inner in _models_in(field.annotation):
+            yield from _sd_scripts(inner, f"{place}{word}.")
 
 
 def one_of(words: Sequence[str]) -> str:

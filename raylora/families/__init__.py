@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +46,13 @@ class BaseLora(Options):
     """How much of it; 1 is as it was trained."""
 
 
+def _kind_is_given(schema: dict[str, Any]) -> None:
+    """A job has to name its family, whatever a class of options has as its own word."""
+    if "kind" in schema["properties"]:
+        schema["properties"]["kind"].pop("default", None)
+        schema["required"] = ["kind", *schema.get("required", ())]
+
+
 class FamilyOptions(Options):
     """Which base model.
 
@@ -56,6 +63,8 @@ class FamilyOptions(Options):
             trained on; what a job gets that names no resolution.
         bucket_step: sides of buckets are multiples of this many pixels where a job names no other.
     """
+
+    model_config = ConfigDict(json_schema_extra=_kind_is_given)
 
     layout: ClassVar[str]
     native_resolution: ClassVar[int]

@@ -18,11 +18,24 @@ MICRO_BATCH = 8
 class TrainingOptions(Options):
     """How long, from which seed, how exact."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(
+        None,
+        ge=1,
+        json_schema_extra=known_as(sd_scripts="--max_train_steps (counted on each process there)"),
+    )
     """Global steps. Give this or epochs."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(
+        None, gt=0, json_schema_extra=known_as(sd_scripts="--max_train_epochs")
+    )
     """Times that every image is seen `repeats` times. Give this or steps."""
-    images_per_step: int = Field(4, ge=1)
+    images_per_step: int = Field(
+        4,
+        ge=1,
+        json_schema_extra=known_as(
+            sd_scripts="--train_batch_size times --gradient_accumulation_steps times "
+            "--num_processes"
+        ),
+    )
     """Images in one global step, over all workers; what others call the effective batch."""
     seed: int | None = Field(
         0, ge=0, lt=2**63, json_schema_extra=known_as(sd_scripts="--seed (blank where not given)")

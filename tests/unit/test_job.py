@@ -12,6 +12,7 @@ import yaml
 from small import QUICKSTART, ROOT
 
 from raylora.base.errors import JobError
+from raylora.base.lookup import plugins
 from raylora.job import Job, job_from, load_job, with_overrides
 from raylora.sweep import load_sweep
 
@@ -406,3 +407,11 @@ def test_a_network_that_names_no_kind_is_lora():
     tree["network"] = {"rank": 4}
     job = job_from(tree)
     assert (job.network.kind, job.network.rank) == ("lora", 4)
+
+
+def test_the_schema_asks_for_the_familys_kind_as_a_job_does():
+    sections = Job.model_json_schema()["$defs"]
+    families = [one for name, one in sections.items() if "training_adapter" in one["properties"]]
+    assert len(families) == len(plugins("raylora.families"))
+    assert all("kind" in one["required"] for one in families)
+    assert not any("default" in one["properties"]["kind"] for one in families)

@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal, Self
 import pytest
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from raylora.base.options import Options, explain, words_at
+from raylora.base.options import Options, explain, known_as, words_at
 
 
 class Lion(Options):
     name: Literal["lion"] = "lion"
-    beta: float = Field(0.9, ge=0, lt=1)
+    beta: float = Field(
+        0.9, ge=0, lt=1, json_schema_extra=known_as(sd_scripts="--optimizer_args betas (two)")
+    )
 
 
 class Adam(Options):
@@ -38,7 +40,7 @@ class Network(Options):
 class Tree(Options):
     network: Network
     optimizer: Annotated[Adam | Lion, Field(discriminator="name")] = Lion()
-    steps: int = 100
+    steps: int = Field(100, json_schema_extra=known_as(sd_scripts="--max_train_steps"))
     folders: tuple[str, ...] = ()
     workers: int | tuple[Network, ...] = 1
     note: str | None = None
@@ -173,3 +175,14 @@ def test_a_sentence_that_begins_with_its_place_is_not_given_it_twice():
     assert told == "network.rank is 102, which is too many."
     (told,) = problems_of(network={"kind": "lora", "rank": 3})
     assert told == "network.rank: rank 3 is odd. Choose 2 or 4."
+
+
+def test_a_word_of_sd_scripts_is_told_by_its_name_here():
+    (told,) = problems_of(network={"kind": "lora"}, max_train_steps=3)
+    assert told == (
+        "max_train_steps: no such option. What sd-scripts calls max_train_steps is steps here."
+    )
+    (told,) = problems_of(network={"kind": "lora", "betas": 0.9})
+    assert told == (
+        "network.betas: no such option. What sd-scripts calls betas is optimizer.beta here."
+    )
