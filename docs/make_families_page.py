@@ -37,7 +37,11 @@ Made from the code by `docs/make_families_page.py`; change it there, not here.
 `owner/name`, or one of the short names below. What comes from afar is fetched once, into
 `~/.cache/raylora` (or `$RAYLORA_HOME`). Gated repositories want a token: set `HF_TOKEN`.
 Checkpoints that hold the denoiser alone, as FLUX.1's do, take the rest from `family.vae` and
-`family.parts`.
+`family.parts`, by diffusers' names: `text_encoder` is CLIP-L (SD 2.x: OpenCLIP-H); `text_encoder_2`
+is OpenCLIP-bigG in SDXL and SD 3, and T5 in FLUX.1; `text_encoder_3` is SD 3's T5. No single file
+has tokenizers, so they are fetched from the usual base's repository, which is gated for SD 3 and
+FLUX.1, unless `family.parts` names folders for `tokenizer`, `tokenizer_2`, ..., or one for
+`config`: a folder in diffusers layout with the configs and tokenizers of a base.
 Pickles (.ckpt, .pt, .bin) are refused, since reading one runs what is in it.
 
 Ready jobs for each family and size of card are in [jobs](../jobs): `jobs/<family>_<size>gb.yaml`.
@@ -53,7 +57,9 @@ its final norm. What is predicted comes from the base's scheduler config; `noise
 for single checkpoints that do not say. `rescale_betas_zero_snr` there, or
 `noise.zero_terminal_snr`, trains the last timestep on pure noise.
 
-**SDXL** reads the layer before the last of both encoders, without the final norm. Captions over 75
+**SDXL** reads the layer before the last of both encoders, without the final norm. So the first
+encoder's last layer moves nothing, and its modules in a LoRA file stay zero;
+`raylora inspect` counts them. Captions over 75
 tokens are read in chunks, and the pooled text is the first chunk's. Weights in captions change the
 hidden states, not the pooled text. Each picture is told its size as it was found, its true crop and
 its bucket's size, in float32: in bfloat16, 1000 and 1001 would be one number. Previews ask for an
@@ -61,7 +67,8 @@ uncut picture of the size that is drawn.
 
 **SD 3 and FLUX.1.** SD 3 medium, 3.5 medium and 3.5 large, and FLUX.1-dev and -schnell, are told
 apart by the transformer's config; no option says it. SD 3 may come without T5: its part of the text
-is then zeros, and options of T5 are refused. FLUX.1-dev is told guidance 1 in training
+is then zeros, as many as `family.t5_max_tokens`, and `mask_t5` and `t5_dropout` are refused.
+FLUX.1-dev is told guidance 1 in training
 (`family.guidance`) and 3.5 in previews (`preview.embedded_guidance`); schnell is told none and
 draws in 4 steps. Timesteps and guidance reach FLUX in float32: diffusers rounds them to bfloat16
 first, where timesteps near 900 lie 4 apart. T5 is trained only where `network.text_encoders` names
