@@ -47,7 +47,7 @@ UNET = {
     "norm_num_groups": 32,
     "sample_size": 8,
 }
-TEXT = {"hidden_size": 768, "num_hidden_layers": 12}
+TEXT = {"hidden_size": 48, "num_hidden_layers": 12}
 VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [1] * 4, "latent_channels": 4}
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
