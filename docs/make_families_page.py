@@ -102,7 +102,7 @@ WRONG = (
         "guides",
         "sd-scripts' LoRA programs read the first and never use it, and do not know the second. "
         "The figures belong to full fine-tuning: all gradients of a LoRA of rank 16 are 0.16 GiB.",
-        "has neither; `memory.gradient_checkpointing` is what saves memory here",
+        "has neither; `memory.checkpointing` is what saves memory here",
     ),
     Wrong(
         "SDXL's `block_dims` has 25 values",

@@ -77,7 +77,7 @@ def adapter_facts(
         batches_per_epoch=plan.steps_per_epoch,
         base_name=about["ss_sd_model_name"],
         vae_name=PurePosixPath(job.family.vae).name if job.family.vae else None,
-        gradient_checkpointing=job.memory.gradient_checkpointing,
+        gradient_checkpointing=job.memory.checkpointing in ("alternate", "all"),
         clip_skip=_skipped(int(about.get("ss_clip_skip", 1))),
         max_token_length=None if isinstance(family.process, Flow) else _chunked(family.max_tokens),
         timestep_range=_timestep_range(job, family),

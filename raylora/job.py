@@ -33,6 +33,7 @@ from raylora.diffusion.noise import NoiseOptions
 from raylora.diffusion.timesteps import TimestepOptions
 from raylora.families import FamilyOptions, get_family
 from raylora.fleet import FleetOptions
+from raylora.memory.options import MemoryOptions
 from raylora.networks import NetworkOptions, get_network
 from raylora.optim.optimizers import OptimizerOptions
 from raylora.optim.schedules import ScheduleOptions
@@ -42,7 +43,6 @@ from raylora.training.ema import EmaOptions
 from raylora.training.options import (
     ExportOptions,
     LogOptions,
-    MemoryOptions,
     TrainingOptions,
     ValidationOptions,
     held_out_problems,

@@ -164,7 +164,7 @@ def load_adapted(job: Job, family: Family, device: torch.device) -> Adapted:
     encoders: Models = {}
     if options.trains_text:
         encoders = family.load_text_encoders(dtype=dtype, device=device)
-    if job.memory.gradient_checkpointing:
+    if job.memory.checkpointing in ("alternate", "all"):
         family.checkpoint_blocks(denoiser, encoders)
     models = {family.component: denoiser, **encoders}
     weight_of = weights_in(models)

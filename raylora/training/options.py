@@ -243,25 +243,6 @@ def held_out_problems(
     return found
 
 
-class MemoryOptions(Options):
-    """What a worker may hold at once."""
-
-    gradient_checkpointing: bool = Field(
-        False,
-        json_schema_extra=known_as(
-            source="Chen et al. 2016, arXiv 1604.06174", sd_scripts="--gradient_checkpointing"
-        ),
-    )
-    """Keep only each block's input and compute the block again for its gradients: the same numbers
-    with less memory, for the time of one more forward pass."""
-    max_micro_batch: int | None = Field(None, ge=1)
-    """Images that go through the denoiser together, at most; out of memory halves it. Null is 8, or
-    1 where training.sums is exact, which allows no more."""
-    encode_batch: int | None = Field(None, ge=1)
-    """Pictures that go through the VAE together when they are cached; null is 1 on a CPU and what
-    its free memory holds on a GPU. Out of memory halves it."""
-
-
 class WandbOptions(Options):
     """Curves on Weights & Biases. The key comes from the environment alone (WANDB_API_KEY)."""
 

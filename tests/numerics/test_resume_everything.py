@@ -51,7 +51,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "LoCon, by block, checkpointed": {
         "network": {"kind": "locon", "rank": 4, "conv_rank": 2, "conv_alpha": 1.0},
         "optimizer__block_rates": {"down": "cosine", "up": "linear+.25"},
-        "memory__gradient_checkpointing": True,
+        "memory__checkpointing": "all",
     },
     "fp16": {"training__precision": "fp16"},
     "every noise": {

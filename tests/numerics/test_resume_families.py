@@ -26,7 +26,7 @@ from raylora.training.report import read_metrics
 STEPS = 6
 FAMILIES: dict[str, dict[str, Any]] = {
     "sd15": {"family.max_tokens": 150, "network.dropout": 0.1},
-    "sd2": {"family.clip_skip": 2, "memory.gradient_checkpointing": True},
+    "sd2": {"family.clip_skip": 2, "memory.checkpointing": "all"},
     "sdxl": {
         "network.train": "both",
         "network.module_dropout": 0.1,
@@ -47,7 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "network.train": "both",
         "network.text_encoders": ["text_encoder", "text_encoder_2"],
         "family.mask_t5": True,
-        "memory.gradient_checkpointing": True,
+        "memory.checkpointing": "all",
     },
 }
 """What each family has of its own, with some of what any has."""

@@ -109,7 +109,7 @@ def test_a_step_is_the_same_in_any_micro_batch_and_checkpointed(
     alone = step(job_of(name, tmp_path, cache, {**exact, "memory.max_micro_batch": 1}))
     whole = {**exact, "memory.max_micro_batch": 4}
     together = step(job_of(name, tmp_path, cache, whole))
-    again = step(job_of(name, tmp_path, cache, {**whole, "memory.gradient_checkpointing": True}))
+    again = step(job_of(name, tmp_path, cache, {**whole, "memory.checkpointing": "all"}))
     assert_close(together[1], alone[1], rtol=1e-10, atol=0)
     size = float(alone[0].norm())
     assert size > 0

@@ -230,7 +230,7 @@ def test_optimizer_and_schedule_are_named_as_classes_with_arguments(tmp_path: Pa
     ("precision", "word"), [("fp32", "no"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp64", "no")]
 )
 def test_precision_and_memory_are_told(precision: str, word: str, tmp_path: Path):
-    more = {"training__precision": precision, "memory__gradient_checkpointing": True}
+    more = {"training__precision": precision, "memory__checkpointing": "all"}
     found = words(tmp_path, **more)
     assert found["ss_mixed_precision"] == word
     assert found["ss_gradient_checkpointing"] == "True"

@@ -141,7 +141,7 @@ def test_checkpointed_blocks_give_the_same_bits(make_job: MakeJob, train: str):
             make_job(
                 network__train=train,
                 network__dropout=0.2,
-                memory__gradient_checkpointing=on,
+                memory__checkpointing="all" if on else "none",
                 memory__max_micro_batch=2,
             )
         )

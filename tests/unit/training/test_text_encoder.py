@@ -54,7 +54,7 @@ def test_gradients_of_the_text_encoder_are_those_of_finite_differences(make_job:
             network__train="both",
             training__precision="fp64",
             training__images_per_step=1,
-            memory__gradient_checkpointing=True,
+            memory__checkpointing="all",
         )
     )
     parts = run.parts

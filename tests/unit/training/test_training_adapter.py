@@ -115,7 +115,7 @@ def test_only_the_trained_adapter_moves_by_the_gradients_of_base_and_file(
     job = make_job(
         family__training_adapter=str(file),
         training__precision="fp64",
-        memory__gradient_checkpointing=checkpointing,
+        memory__checkpointing="all" if checkpointing else "none",
     )
     run = open_run(job)
     parts, family = run.parts, open_family(job)
