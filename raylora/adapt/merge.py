@@ -59,7 +59,7 @@ def merge_lora(component: str, model: nn.Module, modules: Fitted, strength: floa
             raise WeightsError(f"{name}: the file changes a bias, and the base's layer has none.")
     for name, layer in layers.items():
         weight = layer.weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, nn.Parameter)  # a copy, as of a packed weight, would be lost
         if weight.is_meta:
             continue
         held = weight.detach().double().cpu()
