@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from raylora.base.errors import WeightsError
 from raylora.base.options import Options
 from raylora.base.site import Place, Role, Site
+from raylora.base.unit import Unit
 from raylora.components.sites import expect_layers, site_of
 from raylora.diffusion.clip_text import Chunks, join_chunks
 from raylora.weights.base import Base
@@ -117,6 +118,16 @@ def clip_sites(component: str, encoder: nn.Module) -> list[Site]:
     linears = sum(site.kind == "linear" for site in found)
     expect_layers("text encoder", linears, 6 * int(config.num_hidden_layers))
     return found
+
+
+def clip_units(component: str, encoder: nn.Module) -> list[Unit]:
+    """Its layers, in the order in which they run."""
+    # Models with a projection hold the text model within; the plain ones are it.
+    text: Any = getattr(encoder, "text_model", encoder)
+    return [
+        Unit(f"{component}.encoder.layers.{number}", layer, (layer.mlp,))
+        for number, layer in enumerate(text.encoder.layers)
+    ]
 
 
 def clip_place(name: str, prefix: str) -> Place:

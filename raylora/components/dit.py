@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from raylora.base.errors import WeightsError
 from raylora.base.site import Place, Role, Site
-from raylora.components.pipelines import Conditions
+from raylora.base.unit import Unit
+from raylora.components.pipelines import as_picture
 from raylora.components.sites import expect_layers, site_of
+from raylora.components.texts import Conditions, Prompts
+from raylora.components.vae import Decoder
 from raylora.diffusion.process import AnyProcess, Flow
 from raylora.diffusion.samplers import DrawNoise, Sampler, make_sampler
 from raylora.weights.base import Base
@@ -129,6 +132,17 @@ def dit_sites(transformer: nn.Module, *, section: str, doubles: int) -> list[Sit
     return found
 
 
+def dit_units(transformer: nn.Module) -> list[Unit]:
+    """The blocks in the order in which they run: single ones behind the others."""
+    found = []
+    for word in ("transformer_blocks", "single_transformer_blocks"):
+        for number, block in enumerate(getattr(transformer, word, ())):
+            parts = (getattr(block, part, None) for part in ("ff", "ff_context"))
+            mlp = tuple(part for part in parts if part is not None)
+            found.append(Unit(f"transformer.{word}.{number}", block, mlp))
+    return found
+
+
 def _role(about: About) -> Role:
     if not about.section:
         return "embedder"
@@ -180,26 +194,40 @@ class FlowRenderer:
     """diffusers' own pipeline for flow models with our text.
 
     Args:
-        pipeline: StableDiffusion3Pipeline or FluxPipeline.
-        read: the conditions of one prompt.
+        pipeline: StableDiffusion3Pipeline or FluxPipeline, with a transformer alone.
+        prompts: what the transformer is told of them.
+        decoder: latents to pixels.
         words: the pipeline's own arguments of what is asked.
+        dtype, device: of the transformer's activations, however and wherever its weights lie.
         around: within it the pipeline is called with these conditions.
+        latents_of: what the pipeline gives, height and width -> latents.
     """
 
     def __init__(
         self,
         pipeline: Any,
-        read: Callable[[str], Conditions],
+        prompts: Prompts,
+        decoder: Decoder,
         words: Callable[[Asked], dict[str, Any]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
         around: Callable[[list[Conditions]], AbstractContextManager[None]] = lambda told: (
             nullcontext()
         ),
+        latents_of: Callable[[Tensor, int, int], Tensor] = lambda given, height, width: given,
     ) -> None:
-        self._pipeline = pipeline
-        self._read, self._words, self._around = read, words, around
+        self._pipeline, self._prompts, self._decoder = pipeline, prompts, decoder
+        self._words, self._around, self._latents_of = words, around, latents_of
+        self._dtype, self._device = dtype, device
         pipeline.set_progress_bar_config(disable=True)
         self._scheduler_config = dict(pipeline.scheduler.config)
 
+    def read(self, prompts: Sequence[str]) -> None:
+        """Read prompts ahead."""
+        self._prompts.read(prompts)
+
+    @torch.no_grad()
     def render(
         self,
         prompt: str,
@@ -214,29 +242,30 @@ class FlowRenderer:
         embedded_guidance: float | None = None,
     ) -> NDArray[np.uint8]:
         """A picture (H, W, 3)."""
-        pipeline = self._pipeline
-        dtype, device = pipeline.transformer.dtype, pipeline.transformer.device
+        pipeline, (height, width) = self._pipeline, latents.shape[2:]
         factor = pipeline.vae_scale_factor
         pipeline.scheduler = make_sampler(
             sampler, self._scheduler_config, process=process or Flow(), noise=noise
         )
-        asked = Asked(latents.to(dtype=dtype, device=device), guidance, embedded_guidance)
-        with torch.no_grad():
-            told = [self._read(prompt)]
-            embeddings = _embeddings(told[0], "")
-            if guidance > 1:
-                told.append(self._read(negative))
-                embeddings |= _embeddings(told[1], "negative_")
-            with self._around(told):
-                drawn = pipeline(
-                    **embeddings,
-                    **self._words(asked),
-                    height=latents.shape[2] * factor,
-                    width=latents.shape[3] * factor,
-                    num_inference_steps=steps,
-                    output_type="np",
-                ).images[0]
-        return np.asarray((drawn * 255).round().clip(0, 255), dtype=np.uint8)
+        asked = Asked(
+            latents.to(dtype=self._dtype, device=self._device), guidance, embedded_guidance
+        )
+        prompts = [prompt, negative] if guidance > 1 else [prompt]
+        self._prompts.read(prompts)
+        told = [self._prompts.of(one) for one in prompts]
+        embeddings: dict[str, Tensor] = {}
+        for one, prefix in zip(told, ("", "negative_"), strict=False):
+            embeddings |= _embeddings(one, prefix)
+        with self._around(told):
+            drawn = pipeline(
+                **embeddings,
+                **self._words(asked),
+                height=height * factor,
+                width=width * factor,
+                num_inference_steps=steps,
+                output_type="latent",
+            ).images
+        return as_picture(pipeline, self._decoder.decode(self._latents_of(drawn, height, width)))
 
 
 def _embeddings(conditions: Conditions, prefix: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raylora.base.site import Place, Role, Site
+from raylora.base.unit import Unit
 from raylora.components.sites import expect_layers, site_of
 from raylora.weights.base import Base
 from raylora.weights.fill import fill
@@ -116,6 +117,15 @@ def t5_sites(component: str, encoder: nn.Module) -> list[Site]:
     mlp = 3 if config.is_gated_act else 2
     expect_layers("T5 text encoder", linears, (4 + mlp) * int(config.num_layers))
     return found
+
+
+def t5_units(component: str, encoder: nn.Module) -> list[Unit]:
+    """Its blocks, in the order in which they run."""
+    model: Any = encoder
+    return [
+        Unit(f"{component}.encoder.block.{number}", block, (block.layer[-1],))
+        for number, block in enumerate(model.encoder.block)
+    ]
 
 
 def t5_place(name: str, prefix: str) -> Place:

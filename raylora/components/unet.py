@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from raylora.base.errors import WeightsError
 from raylora.base.site import Role, Site
+from raylora.base.unit import Unit
 from raylora.components.sites import expect_layers, site_of
 from raylora.diffusion.attention import attention
 from raylora.diffusion.process import Prediction, Process
@@ -299,3 +300,22 @@ def sgm_block(path: str) -> int | None:
     if first in starts:
         return starts[first] + number
     return {"time_embed": 0, "label_emb": 0, "out": 22}.get(first)
+
+
+def unet_units(unet: nn.Module) -> list[Unit]:
+    """Residual blocks and transformer blocks, in the order in which they run."""
+    model: Any = unet
+    blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(model.down_blocks)]
+    blocks.append(("mid_block", model.mid_block))
+    blocks += [(f"up_blocks.{i}", block) for i, block in enumerate(model.up_blocks)]
+    found = []
+    for path, block in blocks:
+        transformers = list(getattr(block, "attentions", ()))
+        for number, residual in enumerate(block.resnets):
+            found.append(Unit(f"unet.{path}.resnets.{number}", residual))
+            for transformer in transformers[number : number + 1]:
+                found += [
+                    Unit(f"unet.{path}.attentions.{number}.transformer_blocks.{i}", one, (one.ff,))
+                    for i, one in enumerate(transformer.transformer_blocks)
+                ]
+    return found

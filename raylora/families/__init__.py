@@ -21,12 +21,15 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from raylora.base.encoder import Encoder
 from raylora.base.lookup import load_plugin
 from raylora.base.options import Options, known_as
 from raylora.base.site import Place, Site
+from raylora.base.unit import Unit
+from raylora.components.cache_encoder import CacheEncoder
+from raylora.components.lent import Keeps, Lender, Load
+from raylora.components.texts import Conditions, Prompts
+from raylora.components.vae import Decoder, Tiling, VaeFacts, load_vae
 from raylora.diffusion.process import AnyProcess
 from raylora.diffusion.samplers import DrawNoise, Sampler
 from raylora.diffusion.timesteps import Draw, Shift
@@ -215,25 +218,65 @@ class Family(ABC):
         merged = {one: self.altered[one] for one in self.text_components if one in self.altered}
         return {"merged": merged} if merged else {}
 
+    @property
     @abstractmethod
-    def load_encoder(self, *, device: torch.device) -> Encoder:
-        """VAE and text encoders for the cache, in float32."""
+    def vae_facts(self) -> VaeFacts:
+        """What the VAE's config says."""
+
+    def load_encoder(self, *, device: torch.device, lender: Lender | None = None) -> CacheEncoder:
+        """VAE and text encoders for the cache, in float32.
+
+        Args:
+            lender: has each of them on the device while it is needed; None keeps all that were
+                asked for.
+        """
+        return CacheEncoder(
+            self,
+            self._vae(torch.float32),
+            self.vae_facts,
+            self.encoder_facts(),
+            lender or Keeps(device),
+        )
 
     @abstractmethod
     def skeletons(self) -> tuple[nn.Module, Models]:
         """The denoiser and the text encoders on the meta device, to look at their layers."""
 
     @abstractmethod
+    def load_text_encoder(
+        self, component: str, *, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """A frozen text encoder, ready to be adapted."""
+
     def load_text_encoders(self, *, dtype: torch.dtype, device: torch.device) -> Models:
-        """The frozen text encoders by component ("text_encoder", …), ready to be adapted."""
+        """All of them by component ("text_encoder", …)."""
+        return {
+            one: self.load_text_encoder(one, dtype=dtype, device=device)
+            for one in self.text_components
+        }
 
     @abstractmethod
     def tokens(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
         """What `read_tokens` reads of captions, each with B first; loads no weights."""
 
     @abstractmethod
-    def read_tokens(self, text_encoders: Models, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read_text(
+        self, component: str, encoder: nn.Module, tokens: Mapping[str, Tensor]
+    ) -> Conditions:
+        """What one text encoder says of tokens, each with B first; differentiable."""
+
+    @abstractmethod
+    def join_texts(
+        self, said: Mapping[str, Mapping[str, Tensor]], tokens: Mapping[str, Tensor]
+    ) -> Conditions:
+        """The conditions of `predict` from what each text encoder says of the same tokens."""
+
+    def read_tokens(self, text_encoders: Models, tokens: Mapping[str, Tensor]) -> Conditions:
         """The conditions of `predict` from tokens, differentiable; as `load_encoder` gives them."""
+        said = {
+            one: self.read_text(one, text_encoders[one], tokens) for one in self.text_components
+        }
+        return self.join_texts(said, tokens)
 
     @abstractmethod
     def sites(self, denoiser: nn.Module) -> list[Site]:
@@ -268,22 +311,58 @@ class Family(ABC):
             conditions: the cached text tensors, with `geometry` and `dropped` where there are any.
         """
 
-    def checkpoint_blocks(self, denoiser: nn.Module, text_encoders: Models) -> None:
-        """Have blocks computed again in the backward pass instead of kept; same numbers."""
-        denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=_again)  # type: ignore[operator]
-        for encoder in text_encoders.values():
-            encoder.gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
-            )
-            encoder.train()  # transformers look at it; no encoder is loaded with its dropout
+    @abstractmethod
+    def units(self, denoiser: nn.Module) -> list[Unit]:
+        """The denoiser's blocks, in the order in which they run."""
 
     @abstractmethod
-    def load_renderer(self, denoiser: nn.Module, text_encoders: Models | None = None) -> Renderer:
+    def text_units(self, text_encoders: Models) -> dict[str, list[Unit]]:
+        """Those of each text encoder that is given, by component, likewise."""
+
+    def load_renderer(
+        self,
+        denoiser: nn.Module,
+        text_encoders: Models | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        lender: Lender | None = None,
+        tiling: Tiling | None = None,
+    ) -> Renderer:
         """Text-to-image with this (possibly adapted) denoiser, for previews.
 
         Args:
-            text_encoders: those that carry an adapter; None loads the base's own.
+            text_encoders: those that carry an adapter, read anew for each picture; None are the
+                base's own, which read a prompt once.
+            dtype, device: of activations; weights may be held in another and lie elsewhere.
+            lender: has the VAE and the base's text encoders there while they are needed; None keeps
+                all that were asked for.
+            tiling: of what is decoded; None is whole.
         """
+        lender = lender or Keeps(device)
+        readers = Keeps(device, text_encoders) if text_encoders else lender
+        prompts = Prompts(self, readers, dtype=dtype, changing=bool(text_encoders))
+        vae = self._vae(self.decoding_dtype(dtype))
+        decoder = Decoder(vae, self.vae_facts, lender, tiling)
+        return self._renderer(denoiser, prompts, decoder, dtype, device)
+
+    def _vae(self, dtype: torch.dtype) -> Load:
+        return lambda device: load_vae(self.base, dtype=dtype, device=device)
+
+    def decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What the VAE decodes in, where the denoiser's activations are of a dtype."""
+        return dtype
+
+    @abstractmethod
+    def _renderer(
+        self,
+        denoiser: nn.Module,
+        prompts: Prompts,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Renderer:
+        """diffusers' pipeline around a denoiser alone."""
 
     @abstractmethod
     def load_pipeline(
@@ -304,6 +383,9 @@ class Family(ABC):
 
 class Renderer(Protocol):
     """Draws one picture with the models it was made of."""
+
+    def read(self, prompts: Sequence[str]) -> None:
+        """Read prompts ahead, so that text encoders are needed once for all of them."""
 
     def render(
         self,
@@ -326,11 +408,6 @@ class Renderer(Protocol):
             process: what was trained, where that is not what the base was.
             embedded_guidance: what the base is told, where it is (`usual_embedded_guidance`).
         """
-
-
-def _again(module: nn.Module, *inputs: Any) -> Any:
-    """A block of diffusers', computed again for its gradients. Nothing in it draws."""
-    return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def get_family(kind: str) -> tuple[type[Family], type[FamilyOptions]]:

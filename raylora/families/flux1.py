@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from raylora.base.encoder import Encoder
 from raylora.base.errors import WeightsError
 from raylora.base.options import known_as
 from raylora.base.site import Place, Site
-from raylora.components.cache_encoder import CacheEncoder
-from raylora.components.clip import clip_place, clip_sites, empty_clip, load_clip
+from raylora.base.unit import Unit
+from raylora.components.clip import clip_place, clip_sites, clip_units, empty_clip, load_clip
 from raylora.components.dit import (
     PATCH,
     Asked,
@@ -30,11 +29,12 @@ from raylora.components.dit import (
     about_layer,
     dit_config,
     dit_sites,
+    dit_units,
     empty_dit,
     load_dit,
     part_of_joined,
 )
-from raylora.components.pipelines import Conditions, base_scheduler
+from raylora.components.pipelines import base_scheduler
 from raylora.components.t5 import (
     MOST_T5_TOKENS,
     count_caption_tokens,
@@ -44,8 +44,10 @@ from raylora.components.t5 import (
     read_t5,
     t5_place,
     t5_sites,
+    t5_units,
 )
-from raylora.components.vae import load_vae, vae_facts
+from raylora.components.texts import Conditions, Prompts
+from raylora.components.vae import Decoder, VaeFacts, load_vae, vae_facts
 from raylora.diffusion.process import Flow
 from raylora.families import Family, FamilyOptions, Models, Renderer
 from raylora.weights.base import Base
@@ -183,16 +185,10 @@ class Flux1(Family):
         """By T5's tokenizer. CLIP reads the first 75 of its own."""
         return count_caption_tokens(self._tokenizers[1], captions)
 
-    def load_encoder(self, *, device: torch.device) -> Encoder:
-        """VAE and both text encoders in float32."""
-        vae = load_vae(self.base, dtype=torch.float32, device=device)
-        encoders = self.load_text_encoders(dtype=torch.float32, device=device)
-        return CacheEncoder(
-            vae,
-            self._vae_facts,
-            lambda captions: self._read(encoders, captions),
-            self.encoder_facts(),
-        )
+    @property
+    def vae_facts(self) -> VaeFacts:
+        """What the VAE's config says."""
+        return self._vae_facts
 
     def skeletons(self) -> tuple[nn.Module, Models]:
         """All from their configs."""
@@ -201,15 +197,14 @@ class Flux1(Family):
             "text_encoder_2": empty_t5(self.base, "text_encoder_2"),
         }
 
-    def load_text_encoders(self, *, dtype: torch.dtype, device: torch.device) -> Models:
-        """CLIP-L and T5."""
-        encoders = {
-            "text_encoder": load_clip(self.base, "text_encoder", dtype=dtype, device=device),
-            "text_encoder_2": load_t5(self.base, "text_encoder_2", dtype=dtype, device=device),
-        }
-        for component, encoder in encoders.items():
-            self.alter(component, encoder)
-        return encoders
+    def load_text_encoder(
+        self, component: str, *, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """CLIP-L or T5."""
+        load = load_clip if component == "text_encoder" else load_t5
+        encoder = load(self.base, component, dtype=dtype, device=device)
+        self.alter(component, encoder)
+        return encoder
 
     def tokens(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
         """`ids` (B, 77) of CLIP and `ids_2` (B, T) of T5; `mask_2`, (B, T), with `mask_t5`."""
@@ -218,20 +213,20 @@ class Flux1(Family):
         found = {"ids": padded_tokens(clip, captions, _CLIP_TOKENS).ids_BT, "ids_2": second.ids_BT}
         return {**found, "mask_2": second.mask_BT} if self._masked else found
 
-    def read_tokens(self, text_encoders: Models, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`text` (B, T, D) of T5 and `pooled` (B, D) of CLIP; `text_mask`, (B, T), with
-        `mask_t5`."""
-        clip: Any = text_encoders["text_encoder"]
-        mask = tokens.get("mask_2")
-        text = read_t5(text_encoders["text_encoder_2"], tokens["ids_2"], mask)
-        ids = tokens["ids"].to(clip.device, non_blocking=True)
-        found = {"text": text, "pooled": clip(ids).pooler_output}
-        return found if mask is None else {**found, _TEXT_MASK: mask.to(text)}
+    def read_text(self, component: str, encoder: Any, tokens: Mapping[str, Tensor]) -> Conditions:
+        """`pooled` (B, D) of CLIP, `text` (B, T, D) of T5."""
+        if component == "text_encoder_2":
+            return {"text": read_t5(encoder, tokens["ids_2"], tokens.get("mask_2"))}
+        ids = tokens["ids"].to(encoder.device, non_blocking=True)
+        return {"pooled": encoder(ids).pooler_output}
 
-    def _read(self, text_encoders: Models, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What the transformer sees of texts, the same for captions and for prompts."""
-        tokens = {name: torch.from_numpy(held) for name, held in self.tokens(captions).items()}
-        return self.read_tokens(text_encoders, tokens)
+    def join_texts(
+        self, said: Mapping[str, Mapping[str, Tensor]], tokens: Mapping[str, Tensor]
+    ) -> Conditions:
+        """`text` and `pooled`; `text_mask`, (B, T), with `mask_t5`."""
+        text, mask = said["text_encoder_2"]["text"], tokens.get("mask_2")
+        found = {"text": text, "pooled": said["text_encoder"]["pooled"]}
+        return found if mask is None else {**found, _TEXT_MASK: mask.to(text)}
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """Every layer of the transformer."""
@@ -244,6 +239,15 @@ class Flux1(Family):
             *clip_sites(first, text_encoders[first]),
             *t5_sites(second, text_encoders[second]),
         ]
+
+    def units(self, denoiser: nn.Module) -> list[Unit]:
+        """Double blocks, then single ones."""
+        return dit_units(denoiser)
+
+    def text_units(self, text_encoders: Models) -> dict[str, list[Unit]]:
+        """The layers of CLIP and of T5."""
+        units = {"text_encoder": clip_units, "text_encoder_2": t5_units}
+        return {one: units[one](one, encoder) for one, encoder in text_encoders.items()}
 
     def place(self, name: str) -> Place:
         """The transformer by its makers' names, CLIP as te1 and T5 as te3."""
@@ -305,18 +309,25 @@ class Flux1(Family):
         )[0]
         return unpack_latents(packed, height, width)
 
-    def load_renderer(self, denoiser: nn.Module, text_encoders: Models | None = None) -> Renderer:
-        """The diffusers pipeline around this denoiser, in its dtype and on its device."""
-        weight = next(denoiser.parameters())
-        pipeline = self.load_pipeline(
-            denoiser, text_encoders, dtype=weight.dtype, device=weight.device
-        )
-        encoders = {one: getattr(pipeline, one) for one in self.text_components}
+    def _renderer(
+        self,
+        denoiser: nn.Module,
+        prompts: Prompts,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Renderer:
+        pipeline = self._pipeline(denoiser, dict.fromkeys(self.text_components), None)
+        pipeline.vae_scale_factor = self.pixels_per_latent
         return FlowRenderer(
             pipeline,
-            lambda prompt: self._read(encoders, [prompt]),
+            prompts,
+            decoder,
             self._asked,
-            lambda told: _padding_hidden(pipeline.transformer, told),
+            dtype=dtype,
+            device=device,
+            around=lambda told: _padding_hidden(denoiser, told),
+            latents_of=unpack_latents,
         )
 
     def _asked(self, asked: Asked) -> dict[str, Any]:
@@ -338,15 +349,26 @@ class Flux1(Family):
         device: torch.device,
     ) -> Any:
         """FluxPipeline."""
+        encoders = text_encoders or self.load_text_encoders(dtype=dtype, device=device)
+        vae = load_vae(self.base, dtype=dtype, device=device)
+        return self._pipeline(
+            denoiser or self.load_denoiser(dtype=dtype, device=device), encoders, vae
+        )
+
+    def _pipeline(
+        self,
+        transformer: nn.Module,
+        encoders: Mapping[str, nn.Module | None],
+        vae: nn.Module | None,
+    ) -> Any:
         from diffusers import FluxPipeline
 
-        encoders = text_encoders or self.load_text_encoders(dtype=dtype, device=device)
         first, second = self._tokenizers
         return FluxPipeline(
-            vae=load_vae(self.base, dtype=dtype, device=device),
+            vae=vae,
             tokenizer=first,
             tokenizer_2=second,
-            transformer=denoiser or self.load_denoiser(dtype=dtype, device=device),
+            transformer=transformer,
             scheduler=base_scheduler(self.base),
             **encoders,
         )

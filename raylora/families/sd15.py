@@ -11,21 +11,22 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from raylora.base.encoder import Encoder
 from raylora.base.options import known_as
 from raylora.base.site import Place, Site
-from raylora.components.cache_encoder import CacheEncoder
+from raylora.base.unit import Unit
 from raylora.components.clip import (
     ClipTextOptions,
     MaxTokens,
     check_clip_skip,
     clip_place,
     clip_sites,
+    clip_units,
     empty_clip,
     load_clip,
     read_clip,
 )
 from raylora.components.pipelines import UnetRenderer, base_scheduler
+from raylora.components.texts import Conditions, Prompts
 from raylora.components.unet import (
     check_stable_diffusion,
     check_widths,
@@ -35,8 +36,9 @@ from raylora.components.unet import (
     sd_block,
     unet_config,
     unet_sites,
+    unet_units,
 )
-from raylora.components.vae import load_vae, vae_facts
+from raylora.components.vae import Decoder, VaeFacts, load_vae, vae_facts
 from raylora.diffusion.clip_text import Chunks, caption_tokens, chunk_captions
 from raylora.families import Family, FamilyOptions, Models, Renderer
 from raylora.weights.base import Base
@@ -63,10 +65,12 @@ class Sd15(Family):
     Attributes:
         kind: the word of the family, in sentences and in the cache.
         projected: the text encoders that have a projection of their pooled state.
+        normed: CLIP's final norm follows the layer that is read.
     """
 
     kind: ClassVar[str] = "sd15"
     projected: ClassVar[tuple[str, ...]] = ()
+    normed: ClassVar[bool] = True
     component = "unet"
     text_components: tuple[str, ...] = ("text_encoder",)
     blocks = (12, 1, 12)
@@ -144,15 +148,10 @@ class Sd15(Family):
         found = caption_tokens(self._tokenizers[0], captions, weighted=weighted)
         return [len(tokens) for tokens in found]
 
-    def load_encoder(self, *, device: torch.device) -> Encoder:
-        """VAE and text encoders in float32."""
-        vae = load_vae(self.base, dtype=torch.float32, device=device)
-        encoders = self.load_text_encoders(dtype=torch.float32, device=device)
-
-        def read(captions: Sequence[str]) -> dict[str, Tensor]:
-            return self._read(encoders, captions)
-
-        return CacheEncoder(vae, self._vae_facts, read, self.encoder_facts())
+    @property
+    def vae_facts(self) -> VaeFacts:
+        """What the VAE's config says."""
+        return self._vae_facts
 
     def skeletons(self) -> tuple[nn.Module, Models]:
         """All from their configs."""
@@ -161,15 +160,14 @@ class Sd15(Family):
             for component in self.text_components
         }
 
-    def load_text_encoders(self, *, dtype: torch.dtype, device: torch.device) -> Models:
-        """Each CLIP, with a projection where the family reads its pooled state."""
-        encoders = {}
-        for component in self.text_components:
-            projected = component in self.projected
-            clip = load_clip(self.base, component, projected=projected, dtype=dtype, device=device)
-            self.alter(component, clip)
-            encoders[component] = clip
-        return encoders
+    def load_text_encoder(
+        self, component: str, *, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """A CLIP, with a projection where the family reads its pooled state."""
+        projected = component in self.projected
+        clip = load_clip(self.base, component, projected=projected, dtype=dtype, device=device)
+        self.alter(component, clip)
+        return clip
 
     def tokens(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
         """`ids` and `weights`, (B, N, 77) each; `ids_2` and `weights_2` of a second encoder."""
@@ -190,23 +188,20 @@ class Sd15(Family):
             for tokenizer in self._tokenizers
         ]
 
-    def read_tokens(self, text_encoders: Models, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The conditions of `predict`, in the encoders' dtype."""
-        chunks = [
-            Chunks(tokens[f"ids{_number(component)}"], tokens[f"weights{_number(component)}"])
-            for component in self.text_components
-        ]
-        return self._read_chunks(text_encoders, chunks)
+    def read_text(
+        self, component: str, encoder: nn.Module, tokens: Mapping[str, Tensor]
+    ) -> Conditions:
+        """`text` (B, T, D) and `pooled` (B, D) in the encoder's dtype."""
+        number, skip = _number(component), self._options.clip_skip
+        chunks = Chunks(tokens[f"ids{number}"], tokens[f"weights{number}"])
+        read = read_clip(encoder, chunks, skip=skip, normed=self.normed)
+        return {"text": read.hidden_BTD, "pooled": read.pooled_BD}
 
-    def _read(self, text_encoders: Models, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What the UNet sees of texts, the same for captions and for prompts."""
-        return self._read_chunks(text_encoders, self._chunks(captions))
-
-    def _read_chunks(self, text_encoders: Models, chunks: Sequence[Chunks]) -> dict[str, Tensor]:
+    def join_texts(
+        self, said: Mapping[str, Mapping[str, Tensor]], tokens: Mapping[str, Tensor]
+    ) -> Conditions:
         """`text` (B, T, D)."""
-        skip = self._options.clip_skip
-        read = read_clip(text_encoders["text_encoder"], chunks[0], skip=skip, normed=True)
-        return {"text": read.hidden_BTD}
+        return {"text": said["text_encoder"]["text"]}
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """Every layer of the UNet."""
@@ -219,6 +214,14 @@ class Sd15(Family):
             for component in self.text_components
             for site in clip_sites(component, text_encoders[component])
         ]
+
+    def units(self, denoiser: nn.Module) -> list[Unit]:
+        """Residual and transformer blocks."""
+        return unet_units(denoiser)
+
+    def text_units(self, text_encoders: Models) -> dict[str, list[Unit]]:
+        """CLIP's layers."""
+        return {one: clip_units(one, encoder) for one, encoder in text_encoders.items()}
 
     def place(self, name: str) -> Place:
         """sd-scripts keeps diffusers' own paths."""
@@ -236,20 +239,18 @@ class Sd15(Family):
         prediction: Tensor = denoiser(noisy, timesteps, conditions["text"], return_dict=False)[0]
         return prediction
 
-    def load_renderer(self, denoiser: nn.Module, text_encoders: Models | None = None) -> Renderer:
-        """The diffusers pipeline around this denoiser, in its dtype and on its device.
-
-        It is told nothing of sizes: XL's pipeline asks for uncut pictures of the size drawn.
-        """
-        weight = next(denoiser.parameters())
-        dtype, device = weight.dtype, weight.device
-        encoders = text_encoders or self.load_text_encoders(dtype=dtype, device=device)
-        vae = load_vae(self.base, dtype=self._decoding_dtype(dtype), device=device)
-        pipeline = self._pipeline(denoiser, encoders, vae)
-        return UnetRenderer(pipeline, lambda prompt: self._read(encoders, [prompt]))
-
-    def _decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype
+    def _renderer(
+        self,
+        denoiser: nn.Module,
+        prompts: Prompts,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Renderer:
+        """It is told nothing of sizes: XL's pipeline asks for uncut pictures of the size drawn."""
+        pipeline = self._pipeline(denoiser, dict.fromkeys(self.text_components), None)
+        pipeline.vae_scale_factor = self.pixels_per_latent
+        return UnetRenderer(pipeline, prompts, decoder, dtype=dtype, device=device)
 
     def load_pipeline(
         self,
@@ -264,7 +265,9 @@ class Sd15(Family):
         vae = load_vae(self.base, dtype=dtype, device=device)
         return self._pipeline(denoiser or self._unet(dtype, device, plain=True), encoders, vae)
 
-    def _pipeline(self, unet: nn.Module, encoders: Models, vae: nn.Module) -> Any:
+    def _pipeline(
+        self, unet: nn.Module, encoders: Mapping[str, nn.Module | None], vae: nn.Module | None
+    ) -> Any:
         from diffusers import StableDiffusionPipeline
 
         return StableDiffusionPipeline(

@@ -18,12 +18,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from raylora.base.encoder import Encoder
 from raylora.base.errors import WeightsError
 from raylora.base.options import known_as
 from raylora.base.site import Place, Site
-from raylora.components.cache_encoder import CacheEncoder
-from raylora.components.clip import clip_place, clip_sites, empty_clip, load_clip
+from raylora.base.unit import Unit
+from raylora.components.clip import clip_place, clip_sites, clip_units, empty_clip, load_clip
 from raylora.components.dit import (
     PATCH,
     Asked,
@@ -31,6 +30,7 @@ from raylora.components.dit import (
     about_layer,
     dit_config,
     dit_sites,
+    dit_units,
     empty_dit,
     load_dit,
     part_of_joined,
@@ -45,8 +45,10 @@ from raylora.components.t5 import (
     read_t5,
     t5_place,
     t5_sites,
+    t5_units,
 )
-from raylora.components.vae import load_vae, vae_facts
+from raylora.components.texts import Conditions, Prompts
+from raylora.components.vae import Decoder, VaeFacts, load_vae, vae_facts
 from raylora.diffusion.process import Flow
 from raylora.families import Family, FamilyOptions, Models, Renderer
 from raylora.weights.base import Base
@@ -214,16 +216,10 @@ class Sd3(Family):
         """By T5's tokenizer, which reads the most; by CLIP's where there is no T5."""
         return count_caption_tokens(self._tokenizers[self.text_components[-1]], captions)
 
-    def load_encoder(self, *, device: torch.device) -> Encoder:
-        """VAE and text encoders in float32."""
-        vae = load_vae(self.base, dtype=torch.float32, device=device)
-        encoders = self.load_text_encoders(dtype=torch.float32, device=device)
-        return CacheEncoder(
-            vae,
-            self._vae_facts,
-            lambda captions: self._read(encoders, captions),
-            self.encoder_facts(),
-        )
+    @property
+    def vae_facts(self) -> VaeFacts:
+        """What the VAE's config says."""
+        return self._vae_facts
 
     def skeletons(self) -> tuple[nn.Module, Models]:
         """All from their configs."""
@@ -232,17 +228,16 @@ class Sd3(Family):
             encoders[_T5] = empty_t5(self.base, _T5)
         return empty_dit(self.base, _CLASS), encoders
 
-    def load_text_encoders(self, *, dtype: torch.dtype, device: torch.device) -> Models:
-        """Both CLIPs with their projections, and T5 where there is one."""
-        encoders = {
-            one: load_clip(self.base, one, projected=True, dtype=dtype, device=device)
-            for one in _CLIPS
-        }
-        if self._has_t5:
-            encoders[_T5] = load_t5(self.base, _T5, dtype=dtype, device=device)
-        for component, encoder in encoders.items():
-            self.alter(component, encoder)
-        return encoders
+    def load_text_encoder(
+        self, component: str, *, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """A CLIP with its projection, or T5."""
+        if component == _T5:
+            encoder = load_t5(self.base, component, dtype=dtype, device=device)
+        else:
+            encoder = load_clip(self.base, component, projected=True, dtype=dtype, device=device)
+        self.alter(component, encoder)
+        return encoder
 
     def tokens(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
         """`ids` and `ids_2` (B, 77) of the CLIPs, `ids_3` (B, T) of T5; `mask`, `mask_2` and
@@ -263,27 +258,29 @@ class Sd3(Family):
         names = (("ids", "mask"), ("ids_2", "mask_2"), ("ids_3", "mask_3"))
         return dict(zip(self.text_components, names, strict=False))
 
-    def read_tokens(self, text_encoders: Models, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read_text(
+        self, component: str, encoder: nn.Module, tokens: Mapping[str, Tensor]
+    ) -> Conditions:
+        """`text` (B, T, D), and of a CLIP `pooled` (B, D)."""
+        ids, mask = self._words[component]
+        if component == _T5:
+            return {"text": read_t5(encoder, tokens[ids], tokens.get(mask))}
+        hidden, pooled = _read_clip(encoder, tokens[ids], tokens.get(mask))
+        return {"text": hidden, "pooled": pooled}
+
+    def join_texts(
+        self, said: Mapping[str, Mapping[str, Tensor]], tokens: Mapping[str, Tensor]
+    ) -> Conditions:
         """`text` (B, 77 + T, D): both CLIPs side by side, filled up with zeros, and T5 behind
         them; `pooled` (B, D) of both CLIPs."""
-        read = [
-            _read_clip(text_encoders[one], *(tokens.get(word) for word in self._words[one]))
-            for one in _CLIPS
-        ]
-        clips = torch.cat([hidden for hidden, _ in read], dim=-1)
+        clips = torch.cat([said[one]["text"] for one in _CLIPS], dim=-1)
         clips = pad(clips, (0, self._text_width - clips.shape[-1]))
         if self._has_t5:
-            ids, mask = self._words[_T5]
-            t5 = read_t5(text_encoders[_T5], tokens[ids], tokens.get(mask))
+            t5 = said[_T5]["text"]
         else:
             t5 = clips.new_zeros(len(clips), self._options.t5_max_tokens, self._text_width)
-        pooled = torch.cat([pooled for _, pooled in read], dim=-1)
+        pooled = torch.cat([said[one]["pooled"] for one in _CLIPS], dim=-1)
         return {"text": torch.cat([clips, t5], dim=1), "pooled": pooled}
-
-    def _read(self, text_encoders: Models, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What the transformer sees of texts, the same for captions and for prompts."""
-        tokens = {name: torch.from_numpy(held) for name, held in self.tokens(captions).items()}
-        return self.read_tokens(text_encoders, tokens)
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """Every layer of the transformer."""
@@ -293,6 +290,15 @@ class Sd3(Family):
         """Every layer of the text encoders."""
         found = [site for one in _CLIPS for site in clip_sites(one, text_encoders[one])]
         return found + (t5_sites(_T5, text_encoders[_T5]) if self._has_t5 else [])
+
+    def units(self, denoiser: nn.Module) -> list[Unit]:
+        """The transformer's blocks."""
+        return dit_units(denoiser)
+
+    def text_units(self, text_encoders: Models) -> dict[str, list[Unit]]:
+        """The layers of both CLIPs and of T5."""
+        units = {**dict.fromkeys(_CLIPS, clip_units), _T5: t5_units}
+        return {one: units[one](one, encoder) for one, encoder in text_encoders.items()}
 
     def place(self, name: str) -> Place:
         """The transformer by its makers' names; the text encoders are te1, te2 and te3."""
@@ -361,14 +367,17 @@ class Sd3(Family):
             [pooled_l * first, pooled_g * second], dim=-1
         )
 
-    def load_renderer(self, denoiser: nn.Module, text_encoders: Models | None = None) -> Renderer:
-        """The diffusers pipeline around this denoiser, in its dtype and on its device."""
-        weight = next(denoiser.parameters())
-        pipeline = self.load_pipeline(
-            denoiser, text_encoders, dtype=weight.dtype, device=weight.device
-        )
-        encoders = {one: getattr(pipeline, one) for one in self.text_components}
-        return FlowRenderer(pipeline, lambda prompt: self._read(encoders, [prompt]), _asked)
+    def _renderer(
+        self,
+        denoiser: nn.Module,
+        prompts: Prompts,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Renderer:
+        pipeline = self._pipeline(denoiser, {}, None)
+        pipeline.vae_scale_factor = self.pixels_per_latent
+        return FlowRenderer(pipeline, prompts, decoder, _asked, dtype=dtype, device=device)
 
     def load_pipeline(
         self,
@@ -379,12 +388,18 @@ class Sd3(Family):
         device: torch.device,
     ) -> Any:
         """StableDiffusion3Pipeline."""
+        encoders = text_encoders or self.load_text_encoders(dtype=dtype, device=device)
+        vae = load_vae(self.base, dtype=dtype, device=device)
+        return self._pipeline(
+            denoiser or self.load_denoiser(dtype=dtype, device=device), encoders, vae
+        )
+
+    def _pipeline(self, transformer: nn.Module, encoders: Models, vae: nn.Module | None) -> Any:
         from diffusers import StableDiffusion3Pipeline
 
-        encoders = text_encoders or self.load_text_encoders(dtype=dtype, device=device)
         return StableDiffusion3Pipeline(
-            vae=load_vae(self.base, dtype=dtype, device=device),
-            transformer=denoiser or self.load_denoiser(dtype=dtype, device=device),
+            vae=vae,
+            transformer=transformer,
             scheduler=base_scheduler(self.base),
             **{one: encoders.get(one) for one in _TOKENIZERS},
             **{word: self._tokenizers.get(one) for one, word in _TOKENIZERS.items()},
@@ -402,10 +417,9 @@ def _model(config: Mapping[str, Any]) -> str:
     return "5-medium" if config.get("dual_attention_layers") else "5-large"
 
 
-def _read_clip(encoder: Any, ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _read_clip(encoder: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The layer before the last, without CLIP's final norm, (B, 77, D), and the projected pooled
     state (B, D)."""
-    assert ids is not None
     device = encoder.device
     output = encoder(
         ids.to(device, non_blocking=True),

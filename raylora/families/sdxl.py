@@ -6,7 +6,7 @@ is trained at; so that pictures drawn later may be asked to look uncut and of hi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from raylora.base.errors import WeightsError
 from raylora.base.options import known_as
 from raylora.base.site import Place, Site
-from raylora.components.clip import ClipTextOptions, clip_place, read_clip
+from raylora.components.clip import ClipTextOptions, clip_place
 from raylora.components.pipelines import base_scheduler
+from raylora.components.texts import Conditions
 from raylora.components.unet import sgm_block, sgm_path, unet_sites
 from raylora.components.vae import decoding_dtype
-from raylora.diffusion.clip_text import Chunks
-from raylora.families import FamilyOptions, Models
+from raylora.families import FamilyOptions
 from raylora.families.sd15 import Sd15
 from raylora.weights.base import Base
 
@@ -63,6 +63,7 @@ class Sdxl(Sd15):
 
     kind: ClassVar[str] = "sdxl"
     projected: ClassVar[tuple[str, ...]] = ("text_encoder_2",)
+    normed: ClassVar[bool] = False
     text_components = ("text_encoder", "text_encoder_2")
     wants_geometry = True
     usual_guidance = 5.0  # as StableDiffusionXLPipeline has it
@@ -102,14 +103,13 @@ class Sdxl(Sd15):
             "modelspec.architecture": "stable-diffusion-xl-v1-base",
         }
 
-    def _read_chunks(self, text_encoders: Models, chunks: Sequence[Chunks]) -> dict[str, Tensor]:
+    def join_texts(
+        self, said: Mapping[str, Mapping[str, Tensor]], tokens: Mapping[str, Tensor]
+    ) -> Conditions:
         """`text` (B, T, D) of both encoders side by side, `pooled` (B, D) of the second."""
-        first, second = (
-            read_clip(text_encoders[component], held, skip=self._options.clip_skip, normed=False)
-            for component, held in zip(self.text_components, chunks, strict=True)
-        )
-        text = torch.cat([first.hidden_BTD, second.hidden_BTD], dim=-1)
-        return {"text": text, "pooled": second.pooled_BD}
+        first, second = (said[one] for one in self.text_components)
+        text = torch.cat([first["text"], second["text"]], dim=-1)
+        return {"text": text, "pooled": second["pooled"]}
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """Every layer of the UNet."""
@@ -147,10 +147,13 @@ class Sdxl(Sd15):
         )[0]
         return prediction
 
-    def _decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def decoding_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float32 where the VAE says that float16 is too narrow for it."""
         return decoding_dtype(self.base, dtype)
 
-    def _pipeline(self, unet: nn.Module, encoders: Models, vae: nn.Module) -> Any:
+    def _pipeline(
+        self, unet: nn.Module, encoders: Mapping[str, nn.Module | None], vae: nn.Module | None
+    ) -> Any:
         from diffusers import StableDiffusionXLPipeline
 
         first, second = self._tokenizers
