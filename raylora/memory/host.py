@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from raylora.base.log import get_logger
-from raylora.memory.shared_host import SharedFolder
+from raylora.memory.shared_host import SharedFolder, remove_abandoned
 
 log = get_logger("memory")
 
@@ -66,6 +66,7 @@ class HostMemory:
     """
 
     def __init__(self, name: str | None = None, *, root: Path = SHARED_ROOT) -> None:
+        remove_abandoned(root)
         self._folder = None if name is None else _shared_folder(root, name)
         self._held: dict[str, Tensor] = {}
         self._locked: dict[str, int] = {}

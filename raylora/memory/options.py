@@ -78,6 +78,13 @@ class MemoryOptions(Options):
         "auto", json_schema_extra=known_as(sd_scripts="--sdpa, --xformers, --flash_attn")
     )
     """Which of torch's kernels computes attention. auto lets torch choose."""
+    cuda_graphs: Literal["auto"] | bool = Field(
+        "auto", json_schema_extra=known_as(sd_scripts="none", guides="CUDA graphs")
+    )
+    """Record the kernels of a micro-batch once a bucket, and start them as one from then on: the
+    same numbers, several times faster where a GPU waits to be told what to do, as it does with SD
+    1.5 and SDXL. Needs cached captions, no dropout and nothing offloaded; auto does so wherever
+    that is given, and true refuses a job where it is not."""
     compile: bool = Field(False, json_schema_extra=known_as(sd_scripts="--torch_compile"))
     """Compile the denoiser's blocks, one graph a bucket: faster steps on a GPU after a minute or
     more at the start. Numbers are rounded otherwise."""
@@ -105,6 +112,11 @@ class MemoryOptions(Options):
     """Take a smaller base where the best one that fits is more than so many times slower than it,
     summed over the fleet; null never does."""
 
+    @property
+    def fused(self) -> bool:
+        """Whether the adapter is moved within the backward pass."""
+        return self.fused_backward or self.fused_groups is not None
+
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if isinstance(self.streaming, float | int) and not 0 <= self.streaming <= 1:
@@ -120,6 +132,11 @@ class MemoryOptions(Options):
             raise ValueError(
                 "memory.offload_inputs moves what blocks that are computed again were given, and "
                 "with memory.checkpointing: none no block is. Choose all or alternate."
+            )
+        if self.budget_gib is not None and self.reserve_gib >= self.budget_gib:
+            raise ValueError(
+                f"memory.budget_gib is {self.budget_gib:g}, of which memory.reserve_gib "
+                f"{self.reserve_gib:g} leaves nothing. Raise the one or lower the other."
             )
         if self.max_slowdown is not None and self.base != "auto":
             raise ValueError(

@@ -123,12 +123,20 @@ class Placed:
         self._again = recomputed | wanted
         whole = frozenset(range(len(self.units)))
         self._mlp_again = whole - self._again if setting.checkpointing == "mlp" else frozenset()
-        self._offload = Offload(self.device) if setting.offload else None
+        if setting.offload != (self._offload is not None):
+            self._end_offload()
+            self._offload = Offload(self.device) if setting.offload else None
         self.setting = setting
+
+    def forget(self) -> None:
+        """Bring every streamed unit anew in the next pass, which may be one that is recorded."""
+        if self._ring is not None:
+            self._ring.forget()
 
     def close(self) -> None:
         """Give back what lies on the host; the model is not to be run any more."""
         self._drop_ring()
+        self._end_offload()
         for module, before in reversed(self._routed):
             del module.forward
             if before is not None:
@@ -192,6 +200,11 @@ class Placed:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
+
+    def _end_offload(self) -> None:
+        if self._offload is not None:
+            self._offload.close()
+            self._offload = None
 
     def _outside(self) -> list[nn.Module]:
         """Modules that are in no unit."""

@@ -33,10 +33,7 @@ class SharedFolder:
     """
 
     def __init__(self, root: Path, name: str) -> None:
-        prefix = f"raylora-{os.getuid()}-"
-        for other in root.glob(f"{prefix}*"):
-            _remove_if_left(other)
-        self.path = root / f"{prefix}{_digest(name)}"
+        self.path = root / f"{_prefix()}{_digest(name)}"
         self._users = _join(self.path)
         self._leave = weakref.finalize(self, _leave, self.path, self._users, os.getpid())
 
@@ -62,6 +59,16 @@ class SharedFolder:
     def leave(self) -> None:
         """Use it no more; the last one removes it. What is mapped stays until it is dropped."""
         self._leave()
+
+
+def remove_abandoned(root: Path) -> None:
+    """Remove folders of this user whose processes were all killed, so that memory is free again."""
+    for folder in root.glob(f"{_prefix()}*"):
+        _remove_if_left(folder)
+
+
+def _prefix() -> str:
+    return f"raylora-{os.getuid()}-"
 
 
 def _digest(text: str) -> str:

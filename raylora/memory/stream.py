@@ -253,6 +253,16 @@ class Ring:
         finally:
             unit.packing.put(unit.on_host)
 
+    def forget(self) -> None:
+        """Take nothing for granted of what is on the device: another pass may have written there.
+
+        What is on its way arrives before anything that is started from now on.
+        """
+        if self._copies is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._copies)
+        for slot in self._slots:
+            slot.holds = None
+
     def close(self) -> None:
         """Wait for what is on its way."""
         if self._copies is not None:

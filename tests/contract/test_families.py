@@ -24,6 +24,8 @@ from raylora.base.lookup import plugins
 from raylora.base.site import Site
 from raylora.diffusion.process import Flow, Process
 from raylora.families import Family, FamilyOptions, Models, get_family
+from raylora.memory.placed import Placed
+from raylora.memory.setting import Setting
 from raylora.networks import get_network
 
 KINDS = plugins("raylora.families")
@@ -389,7 +391,7 @@ def test_a_renderer_draws_the_size_it_is_given(kind: str):
     side = 2 * family.size_step // family.pixels_per_latent
     latents = torch.linspace(-2, 2, family.latent_channels * side * side)
     latents = latents.view(1, family.latent_channels, side, side)
-    renderer = family.load_renderer(denoiser)
+    renderer = family.load_renderer(denoiser, dtype=torch.float32, device=CPU)
     drawn = [
         renderer.render(
             prompt, negative="", latents=latents, steps=2, guidance=3.0, **usual(family)
@@ -507,7 +509,9 @@ def test_checkpointed_blocks_keep_less_and_give_the_same_gradients(kind: str):
         denoiser = family.load_denoiser(dtype=torch.float32, device=CPU)
         encoders = family.load_text_encoders(dtype=torch.float32, device=CPU)
         if on:
-            family.checkpoint_blocks(denoiser, encoders)
+            units = {family.component: family.units(denoiser), **family.text_units(encoders)}
+            for component, model in {family.component: denoiser, **encoders}.items():
+                Placed(model, units[component], device=CPU).apply(Setting("all"))
         network = get_network("lora")
         sites = linears([*family.sites(denoiser), *family.text_sites(encoders)])
         sites = [site for site in sites if site.role == "attention"]
@@ -549,7 +553,10 @@ def test_a_renderer_reads_prompts_with_the_text_encoders_it_is_given(kind: str):
     latents = torch.linspace(-2, 2, family.latent_channels * side * side)
     latents = latents.view(1, family.latent_channels, side, side)
     encoders = family.load_text_encoders(dtype=torch.float32, device=CPU)
-    given, own = family.load_renderer(denoiser, encoders), family.load_renderer(denoiser)
+    given, own = (
+        family.load_renderer(denoiser, encoders, dtype=torch.float32, device=CPU),
+        family.load_renderer(denoiser, dtype=torch.float32, device=CPU),
+    )
 
     def drawn() -> list[np.ndarray]:
         return [

@@ -136,9 +136,11 @@ def test_a_process_that_is_killed_while_it_fills_keeps_nobody_waiting(tmp_path: 
 def test_what_killed_processes_leave_is_removed_by_the_next(tmp_path: Path):
     Child(killed_when_filled, tmp_path).process.join()
     assert len(list(tmp_path.iterdir())) == 1
-    memory = HostMemory("another", root=tmp_path)
+    used = HostMemory("used", root=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    memory.close()
+    HostMemory(root=tmp_path)  # whether it shares anything itself or not
+    assert len(list(tmp_path.iterdir())) == 1
+    used.close()
     assert not list(tmp_path.iterdir())
 
 

@@ -113,3 +113,18 @@ def test_the_inputs_of_the_unit_in_front_come_beside_the_one_that_is_computed_ag
     y.sum().backward()
     # The last unit's own and those of the one in front of it, then one ahead; the first has none.
     assert events == ["comes", "comes", "runs", "comes", "runs", "comes", "runs", "runs"]
+
+
+def test_the_host_holds_as_much_as_is_away_at_once_whatever_the_sizes():
+    model, units = chain([8] * 4)
+    placed = Placed(model, units, device=CPU)
+    placed.apply(Setting("all", offload=True))
+    for rows in (3, 5, 4, 9, 2, 9, 3):
+        for _ in range(2):
+            model(numbers(rows, 8)).sum().backward()
+    gc.collect()
+    assert placed._offload is not None
+    memory = placed._offload.places._memory
+    assert memory.bytes == 4 * 9 * 8 * 4
+    placed.apply(Setting("all"))
+    assert memory.bytes == 0
