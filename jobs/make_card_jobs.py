@@ -2,20 +2,35 @@
 
     python jobs/make_card_jobs.py
 
-A test compares the files with what this program makes, and gives each to `raylora check`.
+What a file says of its card is what the planner chooses for it. A test compares the files with what
+this program makes, and gives each to `raylora check`.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from raylora.base.units import GIB
+from raylora.forecast import Length, cards_of, planned, precision_words, setting_words
+from raylora.job import job_from
+from raylora.memory.cards import HOST_GIB
+
 HERE = Path(__file__).parent
 SIZES = (8, 12, 16, 24, 48, 80)
-LEAST_BESIDES = 2.8
-"""GiB beside the frozen weights: what a step of rank 16 with recomputed activations is predicted to
-take for FLUX.1 at 1024 pixels."""
+PLANNED_FOR = {
+    8: "RTX3070",
+    12: "RTX3060-12G",
+    16: "RTX4080",
+    24: "RTX4090",
+    48: "A6000",
+    80: "A100-80G",
+}
+"""The card of each size that a file's first lines speak of."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +41,6 @@ class Card:
         rank, alpha: of the adapter.
         resolution: side of the square that images have the area of.
         images: a step, over all workers.
-        micro: at once on a card.
-        again: activations are computed a second time instead of kept.
         optimizer: its lines.
     """
 
@@ -35,8 +48,6 @@ class Card:
     alpha: float
     resolution: int
     images: int
-    micro: int
-    again: bool
     optimizer: str
 
 
@@ -48,17 +59,15 @@ class Base:
         title: how people call it.
         weights: the short name of the base.
         family, extra: further lines of the family's section, and sections of their own.
-        need_gib: what the frozen weights take in bfloat16.
-        note: what to know of the smaller cards.
+        note: what else to know, lines of it.
     """
 
     title: str
     weights: str
-    need_gib: float
     cards: tuple[Card, ...]
     family: str = ""
     extra: str = ""
-    note: str = ""
+    note: tuple[str, ...] = ()
 
 
 ADAMW8 = """\
@@ -83,28 +92,26 @@ BASES = {
     "sd15": Base(
         "Stable Diffusion 1.5",
         "sd15",
-        1.6,
         (
-            Card(16, 8, 512, 4, 2, True, ADAMW8),
-            Card(32, 16, 512, 4, 4, True, ADAMW8 + PLUS),
-            Card(32, 16, 512, 4, 4, False, ADAMW8 + PLUS),
-            Card(32, 16, 512, 8, 8, False, ADAMW8 + PLUS),
-            Card(64, 32, 512, 16, 16, False, ADAMW8 + PLUS),
-            Card(64, 32, 512, 32, 32, False, ADAMW8 + PLUS),
+            Card(16, 8, 512, 4, ADAMW8),
+            Card(32, 16, 512, 4, ADAMW8 + PLUS),
+            Card(32, 16, 512, 4, ADAMW8 + PLUS),
+            Card(32, 16, 512, 8, ADAMW8 + PLUS),
+            Card(64, 32, 512, 16, ADAMW8 + PLUS),
+            Card(64, 32, 512, 32, ADAMW8 + PLUS),
         ),
         extra=MIN_SNR,
     ),
     "sd2": Base(
         "Stable Diffusion 2.1",
         "sd21",
-        1.6,
         (
-            Card(16, 8, 768, 4, 1, True, ADAMW8),
-            Card(32, 16, 768, 4, 2, True, ADAMW8 + PLUS),
-            Card(32, 16, 768, 4, 4, True, ADAMW8 + PLUS),
-            Card(32, 16, 768, 8, 4, False, ADAMW8 + PLUS),
-            Card(64, 32, 768, 16, 8, False, ADAMW8 + PLUS),
-            Card(64, 32, 768, 16, 16, False, ADAMW8 + PLUS),
+            Card(16, 8, 768, 4, ADAMW8),
+            Card(32, 16, 768, 4, ADAMW8 + PLUS),
+            Card(32, 16, 768, 4, ADAMW8 + PLUS),
+            Card(32, 16, 768, 8, ADAMW8 + PLUS),
+            Card(64, 32, 768, 16, ADAMW8 + PLUS),
+            Card(64, 32, 768, 16, ADAMW8 + PLUS),
         ),
         extra=MIN_SNR
         + """
@@ -115,42 +122,39 @@ noise:
     "sdxl": Base(
         "SDXL 1.0",
         "sdxl",
-        4.8,
         (
-            Card(8, 4, 1024, 4, 1, True, ADAFACTOR),
-            Card(32, 16, 1024, 4, 1, True, ADAFACTOR + PLUS),
-            Card(64, 32, 1024, 4, 2, True, ADAFACTOR + PLUS),
-            Card(128, 64, 1024, 4, 4, True, ADAFACTOR + PLUS),
-            Card(128, 64, 1024, 8, 4, False, ADAFACTOR + PLUS),
-            Card(128, 64, 1024, 16, 8, False, ADAFACTOR + PLUS),
+            Card(8, 4, 1024, 4, ADAFACTOR),
+            Card(32, 16, 1024, 4, ADAFACTOR + PLUS),
+            Card(64, 32, 1024, 4, ADAFACTOR + PLUS),
+            Card(128, 64, 1024, 4, ADAFACTOR + PLUS),
+            Card(128, 64, 1024, 8, ADAFACTOR + PLUS),
+            Card(128, 64, 1024, 16, ADAFACTOR + PLUS),
         ),
         extra=MIN_SNR,
     ),
     "sd3": Base(
         "Stable Diffusion 3.5 medium",
         "sd3.5-medium",
-        4.7,
         (
-            Card(8, 8, 768, 4, 1, True, ADAFACTOR),
-            Card(16, 16, 1024, 4, 1, True, ADAMW8),
-            Card(32, 32, 1024, 4, 2, True, ADAMW8 + PLUS),
-            Card(64, 64, 1024, 4, 4, True, ADAMW8 + PLUS),
-            Card(64, 64, 1024, 8, 8, True, ADAMW8 + PLUS),
-            Card(128, 128, 1024, 16, 8, False, ADAMW8 + PLUS),
+            Card(8, 8, 768, 4, ADAFACTOR),
+            Card(16, 16, 1024, 4, ADAMW8),
+            Card(32, 32, 1024, 4, ADAMW8 + PLUS),
+            Card(64, 64, 1024, 4, ADAMW8 + PLUS),
+            Card(64, 64, 1024, 8, ADAMW8 + PLUS),
+            Card(128, 128, 1024, 16, ADAMW8 + PLUS),
         ),
-        note="For 3.5 large set family.weights: sd3.5-large, whose weights take 15 GiB.",
+        note=("For 3.5 large set family.weights: sd3.5-large.",),
     ),
     "flux1": Base(
         "FLUX.1-dev",
         "flux-dev",
-        22.2,
         (
-            Card(4, 4, 512, 4, 1, True, ADAMW8),
-            Card(8, 8, 512, 4, 1, True, ADAMW8),
-            Card(16, 16, 512, 4, 1, True, ADAMW8),
-            Card(16, 16, 1024, 4, 1, True, ADAMW8),
-            Card(128, 128, 1024, 4, 1, True, ADAMW8 + PLUS),
-            Card(128, 128, 1024, 4, 4, True, ADAMW8 + PLUS),
+            Card(4, 4, 512, 4, ADAMW8),
+            Card(8, 8, 512, 4, ADAMW8),
+            Card(16, 16, 512, 4, ADAMW8),
+            Card(16, 16, 1024, 4, ADAMW8),
+            Card(128, 128, 1024, 4, ADAMW8 + PLUS),
+            Card(128, 128, 1024, 4, ADAMW8 + PLUS),
         ),
     ),
 }
@@ -166,21 +170,41 @@ def card_jobs() -> Iterator[tuple[str, str]]:
 def job_text(kind: str, base: Base, size: int, card: Card) -> str:
     """One job file."""
     name = f"{kind}_{size}gb.yaml"
-    notes = [base.note] if base.note else []
-    if base.need_gib + LEAST_BESIDES > size:
-        notes += [
-            f"The frozen weights take {base.need_gib:g} GiB in bfloat16, and this version keeps",
-            f"all of them on the card: on {size} GB it does not fit yet.",
-        ]
-    told = "".join(f"# {line}\n" for line in notes)
+    body = _body(kind, base, card)
     needs = ' Needs pip install "raylora[bnb]".' if "8bit" in card.optimizer else ""
+    told = "".join(f"# {line}\n" for line in (*_planned_lines(body, size, card), *base.note))
     return f"""\
 # A LoRA for {base.title} on a card of {size} GB. Fill in the lines marked with an arrow, then
 #   raylora check jobs/{name}           finds every mistake, prints the steps arithmetic
+#   raylora plan jobs/{name} --gpu {PLANNED_FOR[size]}   what it holds, how fast, at what price
 #   raylora train jobs/{name} --local   trains on one GPU; the same command resumes
-# What each option means: docs/training.md.{needs}
+# What each option means: docs/training.md; how it is made to fit: docs/memory.md.{needs}
 # Each of these files is read and checked by the tests; none was run on a GPU yet.
-{told}name: my-style                   # <-- the run's folder and the file's name
+{told}{body}"""
+
+
+def _planned_lines(body: str, size: int, card: Card) -> list[str]:
+    """What the planner chooses for a card of this size, in comment lines."""
+    job = job_from(yaml.safe_load(body))
+    length = Length((card.resolution, card.resolution), None, None)
+    name = PLANNED_FOR[size]
+    made = planned(job, cards_of(job, name), length, {}, each=True)
+    assert not made["problem"], made["problem"]
+    worker = made["workers"][0]
+    peak, usable = max(worker["peaks"].values()) / GIB, worker["usable_bytes"] / GIB
+    said = (
+        f"Predicted for {name} with {HOST_GIB:g} GiB of host memory free, not measured: "
+        f"{precision_words(made['precision'])}; {setting_words(worker['setting'])}; "
+        f"{worker['micro_batch']} at once; peak {peak:.1f} of {usable:.1f} GiB usable; "
+        f"{worker['seconds_per_step']:.2g} s a step."
+    )
+    return textwrap.wrap(said, 96)
+
+
+def _body(kind: str, base: Base, card: Card) -> str:
+    """The file without its first lines."""
+    return f"""\
+name: my-style                   # <-- the run's folder and the file's name
 store: results                   # <-- a folder, or s3://bucket/prefix
 
 family:
@@ -221,9 +245,10 @@ preview:
   prompts:                       # <-- as your captions are written
     - my-style, a lighthouse by the sea
 
-memory:
-  gradient_checkpointing: {str(card.again).lower():<7}# less memory, more time, the same numbers
-  max_micro_batch: {card.micro:<14}# images at once; out of memory halves it and goes on
+memory:                          # each worker takes what is fastest of what fits its card
+  base: auto                     # or full, int8, fp8, nf4: one choice for the whole run
+  checkpointing: auto
+  streaming: auto
 
 export:
   dtype: float16

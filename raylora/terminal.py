@@ -14,7 +14,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
-from raylora.base.units import duration, gib, kib, mib
+from raylora.base.units import GIB, duration, gib, kib, mib
+from raylora.forecast import precision_words, setting_words
 from raylora.training.report import Row, Sink, log_sink, measured_line
 
 console = Console(stderr=True, highlight=False)
@@ -185,6 +186,123 @@ def _few(buckets: dict[str, int], most: int = 12) -> str:
     shown = sorted(buckets, key=lambda size: -buckets[size])[:most]
     listed = ", ".join(f"{size}: {buckets[size]}" for size in buckets if size in shown)
     return listed + (f", and {len(buckets) - most} more" if len(buckets) > most else "")
+
+
+_WIDE = 140
+"""Columns of a table in a pipe, where nothing says how many there are."""
+_TRIED = 4
+"""Settings that are told of those that fit, and of those that do not."""
+
+
+def show_plan(document: dict[str, Any]) -> None:
+    """What `raylora plan` found, in plain words and one table, on standard output."""
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    width, height = document["bucket"]
+    steps = "" if document["steps"] is None else f", {document['steps']:,} steps"
+    out.print(
+        f"{document['job']}: {document['family']} ({document['weights']}), largest bucket "
+        f"{width}x{height}, {document['images_per_step']} images a step{steps}"
+    )
+    if document["note"]:
+        out.print(
+            f"note: {document['note']}; the bucket is that of data.resolution", style="yellow"
+        )
+    table = Table(title="predicted, not measured", title_justify="left", title_style="dim")
+    for head in (
+        "card",
+        "setting",
+        "peak of usable",
+        "at once x times",
+        "s/step",
+        "$ per 1,000 steps",
+    ):
+        table.add_column(head, justify="left" if head in ("card", "setting") else "right")
+    for plan in document["plans"]:
+        _add_plan(table, plan)
+    out.print(table)
+    for plan in document["plans"]:
+        for line in _plan_lines(plan):
+            out.print(line, markup=False, soft_wrap=True)
+
+
+def _add_plan(table: Table, plan: dict[str, Any]) -> None:
+    if plan["problem"]:
+        table.add_row(", ".join(plan["cards"]), "does not fit", "", "", "", "")
+    for worker in [] if plan["problem"] else plan["workers"]:
+        cost = worker["dollars_per_1000_steps"]
+        table.add_row(
+            worker["card"],
+            f"{precision_words(plan['precision'])}; {setting_words(worker['setting'])}",
+            f"{max(worker['peaks'].values()) / GIB:.1f} of {worker['usable_bytes'] / GIB:.1f} GiB",
+            f"{worker['micro_batch']} x {worker['accumulation']}",
+            f"{worker['seconds_per_step']:.2f}",
+            "not known" if cost is None else f"{cost:.3f}",
+        )
+
+
+def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
+    """What a table has no room for: phases, where the weights lie, what was tried, the whole."""
+    yield ""
+    if plan["problem"]:
+        yield f"{', '.join(plan['cards'])}: {plan['problem']}"
+        return
+    if plan["advice"]:
+        yield f"{', '.join(dict.fromkeys(plan['cards']))} has no bfloat16: {plan['advice']}"
+    for word in _up_to_taken(plan):
+        yield f"precision  {precision_words(word)}: {word['why']}"
+    seen = set()
+    for worker in plan["workers"]:
+        alike = (worker["card"], worker["images"], str(worker["setting"]))
+        if alike not in seen:
+            yield from _worker_lines(worker)
+        seen.add(alike)
+    idle = dict.fromkeys(one["card"] for one in plan["workers"] if not one["images"])
+    if idle:
+        yield (
+            f"note: no image of a step is left for {', '.join(idle)}. Raise "
+            "training.images_per_step, or leave it out."
+        )
+    yield _fleet_line(plan)
+
+
+def _worker_lines(worker: dict[str, Any]) -> Iterator[str]:
+    streamed = f", {gib(worker['streamed_bytes'])} streamed" if worker["streamed_bytes"] else ""
+    yield f"{worker['card']}: {gib(worker['resident_bytes'])} of the base resident{streamed}"
+    phases = ", ".join(f"{phase} {held / GIB:.2f}" for phase, held in worker["peaks"].items())
+    yield f"  peaks    {phases} of {gib(worker['usable_bytes'])} usable"
+    yield f"  host     {gib(worker['host_bytes'])} of {gib(worker['host_usable_bytes'])}"
+    if worker["streamed_encoders"] or worker["tiled_previews"]:
+        tiles = ["previews decoded in tiles"] if worker["tiled_previews"] else []
+        streams = [f"{name} streamed while encoding" for name in worker["streamed_encoders"]]
+        yield f"  also     {', '.join(streams + tiles)}"
+    if worker["price"]:
+        yield f"  price    {worker['dollars_per_hour']:.2f} dollars an hour ({worker['price']})"
+    fits = [tried for tried in worker["candidates"] if tried["fits"]]
+    misses = [tried for tried in worker["candidates"] if not tried["fits"]]
+    for tried in (*fits[:_TRIED], *misses[:_TRIED]):
+        said = f"{tried['setting']['micro_batch']} at once, {setting_words(tried['setting'])}"
+        yield f"  tried    {said}: {tried['why']}"
+
+
+def _up_to_taken(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Precisions from the best down to the one that is taken; nobody asks of the smaller ones."""
+    for word in plan["precisions"]:
+        yield word
+        if all(plan["precision"][name] == word[name] for name in plan["precision"]):
+            return
+
+
+def _fleet_line(plan: dict[str, Any]) -> str:
+    said = [f"{plan['steps_per_hour']:,.0f} steps an hour"]
+    if len(plan["workers"]) > 1:
+        said.insert(0, "images " + " + ".join(str(one["images"]) for one in plan["workers"]))
+    if plan["eta_seconds"] is not None:
+        said.append(f"{duration(plan['eta_seconds'])} in all")
+    if plan["dollars_per_hour"] is not None:
+        said.append(f"{plan['dollars_per_hour']:.2f} dollars an hour")
+    if plan["dollars"] is not None:
+        said.append(f"{plan['dollars']:.2f} dollars in all")
+    return ("fleet: " if len(plan["workers"]) > 1 else "run: ") + ", ".join(said)
 
 
 def show_result(result: dict[str, Any], folder: str) -> None:

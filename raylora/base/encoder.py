@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,3 +25,7 @@ class Encoder(Protocol):
 
     def encode_texts(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
         """B captions to named tensors, each with B first."""
+
+    def encode_batches(self, batches: Sequence[Sequence[str]]) -> Iterator[dict[str, NDArray[Any]]]:
+        """`encode_texts` of each batch; an encoder of several models may have one of them read many
+        batches before the next."""

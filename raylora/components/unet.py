@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
+from types import MethodType
 from typing import Any
 
 import torch
@@ -147,7 +147,7 @@ def _with_our_attention(unet: nn.Module) -> None:
 
     for layer in unet.modules():
         if isinstance(layer, Attention):
-            layer.forward = partial(_attend, layer)
+            layer.forward = MethodType(_attend, layer)
 
 
 def _attend(

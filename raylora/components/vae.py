@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,12 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raylora.base.errors import WeightsError
+from raylora.components.lent import Lender, Load
 from raylora.diffusion.halving import in_halves
 from raylora.weights.base import Base
 from raylora.weights.fill import fill
 
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """The middle's attention as diffusers named it before 0.18, and as SD 1.5's own file still does."""
+TILE = 512
+"""Side in pixels of a tile that is decoded alone."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,109 @@ def encode_pixels(vae: Any, pixels: NDArray[np.float32], facts: VaeFacts) -> NDA
 
     encoded: NDArray[np.float32] = in_halves(encode, torch.from_numpy(pixels)).numpy()
     return encoded
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Whether pictures are decoded whole or in tiles.
+
+    Attributes:
+        mode: auto: in tiles where a whole picture would not fit.
+        free_bytes: what a decoding may take, asked just before it.
+    """
+
+    mode: Literal["auto"] | bool = False
+    free_bytes: Callable[[], float] = lambda: float("inf")
+
+
+class Decoder:
+    """A VAE that is lent for each picture, and what comes out of it.
+
+    Args:
+        load_vae: gives it in the dtype that it decodes in.
+    """
+
+    def __init__(
+        self, load_vae: Load, facts: VaeFacts, lender: Lender, tiling: Tiling | None = None
+    ) -> None:
+        self._load, self._facts, self._lender = load_vae, facts, lender
+        self._tiling = tiling or Tiling()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) as the denoiser has them -> (B, 3, H, W), -1..1 and a little beyond."""
+        with self._lender.lend("vae", self._load) as vae:
+            pixels = self._decode(vae, latents)
+        self._lender.clear()
+        return pixels
+
+    def _decode(self, vae: Any, latents: Tensor) -> Tensor:
+        mode = self._tiling.mode
+        scaled = latents.to(vae.dtype) / self._facts.scaling
+        if self._facts.shift:
+            scaled = scaled + self._facts.shift
+        if mode is True:
+            return decode_in_tiles(vae, scaled)
+        if mode is False:
+            return decode_whole(vae, scaled)
+        if whole_bytes(vae.config["block_out_channels"], scaled) <= self._tiling.free_bytes():
+            try:
+                return decode_whole(vae, scaled)
+            except torch.OutOfMemoryError:
+                pass  # on with tiles outside of it: its traceback holds tensors
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return decode_in_tiles(vae, scaled)
+
+
+def encoding_bytes(channels: Sequence[int], number_bytes: int = 4) -> int:
+    """What a VAE takes at its fullest for each pixel that it encodes, without weights: five times
+    what its first level holds.
+
+    Args:
+        channels: its `block_out_channels`.
+    """
+    return 5 * channels[0] * number_bytes
+
+
+def whole_bytes(channels: Sequence[int], scaled: Tensor) -> int:
+    """What decoding whole pictures takes at its fullest, without weights.
+
+    That is behind the last doubling of the sides, within the first block there: what it is given,
+    what that is once it is normed, and its activation, all of as many channels as the level before
+    has.
+
+    Args:
+        channels: the VAE's `block_out_channels`.
+        scaled: (B, C, h, w), in the dtype that is decoded in.
+    """
+    batch, _, height, width = scaled.shape
+    pixels = batch * height * width * 4 ** (len(channels) - 1)
+    most: int = 3 * channels[min(1, len(channels) - 1)] * pixels * scaled.element_size()
+    return most
+
+
+def decode_whole(vae: Any, scaled: Tensor) -> Tensor:
+    """Latents, without the scale and the shift of the config, to pictures."""
+    decoded: Tensor = vae.decode(scaled, return_dict=False)[0]
+    return decoded
+
+
+def decode_in_tiles(vae: Any, scaled: Tensor, *, tile: int = TILE) -> Tensor:
+    """The same in overlapping tiles of so many pixels a side, blended where they meet.
+
+    Each tile is normed by itself, so that pictures differ a little. A picture that is no larger
+    than a tile is decoded whole.
+    """
+    # The config's own tiles may be as large as the picture: 1024 pixels for SDXL and FLUX.
+    vae.tile_sample_min_size = tile
+    vae.tile_latent_min_size = tile // 2 ** (len(vae.config["block_out_channels"]) - 1)
+    vae.enable_tiling()
+    try:
+        # One picture after the other.
+        return torch.cat([decode_whole(vae, one) for one in scaled.split(1)])
+    finally:
+        vae.disable_tiling()  # it would tile what is encoded too, which changes latents
 
 
 def decoding_dtype(base: Base, dtype: torch.dtype) -> torch.dtype:

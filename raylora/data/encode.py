@@ -130,7 +130,20 @@ def encode_captions(encoder: Encoder, captions: Sequence[str], batch: int) -> li
     Raises:
         DataError: the encoder gave NaN or infinity.
     """
-    tensors = encoder.encode_texts([*captions, *[""] * (batch - len(captions))])
+    (rows,) = encode_caption_batches(encoder, [captions], batch)
+    return rows
+
+
+def encode_caption_batches(
+    encoder: Encoder, batches: Sequence[Sequence[str]], batch: int
+) -> Iterator[list[Tensors]]:
+    """`encode_captions` of each batch."""
+    filled = [[*captions, *[""] * (batch - len(captions))] for captions in batches]
+    for tensors, captions in zip(encoder.encode_batches(filled), batches, strict=True):
+        yield _text_rows(tensors, captions)
+
+
+def _text_rows(tensors: Tensors, captions: Sequence[str]) -> list[Tensors]:
     rows = [
         {name: tensor[number] for name, tensor in tensors.items()}
         for number in range(len(captions))
@@ -154,8 +167,10 @@ def is_finite(tensors: Mapping[str, NDArray[Any]]) -> bool:
 
 
 def _encode_texts(item: WorkItem, encoder: Encoder, writer: ShardWriter, batch: int) -> None:
-    for entries in _batches(item.texts, batch):
-        rows = encode_captions(encoder, [caption for _, caption in entries], batch)
+    parts = list(_batches(item.texts, batch))
+    captions = [[caption for _, caption in entries] for entries in parts]
+    found = encode_caption_batches(encoder, captions, batch)
+    for entries, rows in zip(parts, found, strict=True):
         for (key, caption), row in zip(entries, rows, strict=True):
             writer.add(key, row, {"caption": caption})
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Found = TypeVar("Found")
 
-def in_halves(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+
+def in_halves(
+    work: Callable[[Tensor], Found],
+    batch: Tensor,
+    *,
+    join: Callable[[Sequence[Found]], Found] = torch.cat,  # type: ignore[assignment]
+) -> Found:
     """`work` of a batch, (B, ...); out of memory does its halves one after the other.
+
+    Args:
+        join: of two halves' results, which is `torch.cat` for tensors.
 
     Raises:
         torch.OutOfMemoryError: a single sample does not fit.
@@ -23,4 +34,5 @@ def in_halves(work: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     middle = len(batch) // 2
-    return torch.cat([in_halves(work, batch[:middle]), in_halves(work, batch[middle:])])
+    halves = (batch[:middle], batch[middle:])
+    return join([in_halves(work, half, join=join) for half in halves])

@@ -45,6 +45,8 @@ class Asked:
         bnb: bitsandbytes is there.
         encodes: something is cached before training.
         preview_images: predicted together for a picture, 2 with guidance.
+        recorded: a GPU's kernels are started as one (`memory.cuda_graphs`) where the setting allows
+            it.
     """
 
     images_per_step: int
@@ -60,6 +62,7 @@ class Asked:
     bnb: bool = False
     encodes: bool = True
     preview_images: int = 2
+    recorded: bool = False
 
     def carried(self, precision: Precision) -> Carried:
         """What a run in a precision carries."""
@@ -239,7 +242,12 @@ def sized_settings(
                 if offload and not again:
                     continue
                 step = step_of(need, held, checkpointing, 1)
-                load = load_of(precision, held, step, offload=offload, rates=rates)
+                load = load_of(
+                    *(precision, held, step),
+                    offload=offload,
+                    recorded=asked.recorded,
+                    rates=rates,
+                )
                 for host_states in _either(options.host_states, free=not asked.fused):
                     for together in _micro_batches(asked, most):
                         setting = Setting(checkpointing, share, offload, together, host_states)

@@ -28,9 +28,7 @@ def compile_units(units: Sequence[Unit], *, backend: str = "inductor") -> None:
     Args:
         backend: of `torch.compile`.
     """
-    torch._dynamo.config.recompile_limit = max(
-        torch._dynamo.config.recompile_limit, MOST_GRAPHS
-    )
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     torch._dynamo.config.accumulated_recompile_limit = max(
         torch._dynamo.config.accumulated_recompile_limit, MOST_GRAPHS
     )

@@ -61,8 +61,8 @@ class MemoryOptions(Options):
     )
     """What blocks that are computed again were given waits in host memory."""
     host_states: Literal["auto"] | bool = "auto"
-    """The optimizer's states lie in host memory and its step is done there. For large adapters on
-    small cards."""
+    """The optimizer's states lie in host memory and its step is done there, where it is rounded
+    otherwise. For large adapters on small cards; auto does so only where nothing else fits."""
     fused_backward: bool = Field(
         False, json_schema_extra=known_as(sd_scripts="--fused_backward_pass")
     )

@@ -17,6 +17,8 @@ from raylora.memory.stream import ring_bytes, streamed_units
 FLOAT32_BYTES = 4
 ENCODER_SHARES = tuple(twentieth / 20 for twentieth in range(21))
 """Of a text encoder's blocks, that may be streamed."""
+CAPTIONS = 16
+"""That a text encoder reads together for the cache."""
 SUMMED_BYTES = 8
 """Of a trained number's exact sum, a 64-bit integer."""
 
@@ -266,7 +268,7 @@ def _host(need: Need, carried: Carried, held: Held, setting: Setting, step: Step
 
 def _encoding(need: Need, images: int) -> int:
     """Activations of encoding where the weights are there already: one picture, some captions."""
-    read = [curve.at(images) for curve in need.read_text.values()]
+    read = [curve.at(max(images, CAPTIONS)) for curve in need.read_text.values()]
     return max([need.encode.at(1), *read])
 
 
@@ -289,7 +291,7 @@ def encoding_of(need: Need, budget_bytes: int) -> Encoding:
     """What caching takes, with as much of a text encoder streamed as its size asks for."""
     peaks, host, streamed = [need.vae * FLOAT32_BYTES + need.encode.at(1)], 0, []
     for name, model in need.text_encoders.items():
-        reading = need.read_text[name].at(1)
+        reading = need.read_text[name].at(CAPTIONS)
         every = (hold(model, Precision("fp32"), share) for share in ENCODER_SHARES)
         *_, last = tried = list(every) if model.units else [hold(model, Precision("fp32"), 0.0)]
         held = next((one for one in tried if one.bytes + reading <= budget_bytes), last)

@@ -247,7 +247,7 @@ def _plan_card(
     need: Need, judge: Judge, precision: Precision, room: Room, sized: Sequence[Sized]
 ) -> CardPlan:
     """The fastest of what fits, and what is kept of the others."""
-    near: list[tuple[float, int, Sized]] = []
+    near: list[tuple[bool, float, int, Sized]] = []
     kinds: dict[object, tuple[tuple[object, ...], Sized]] = {}
     best: tuple[tuple[object, ...], Sized] | None = None
     most = BEYOND * room.budget
@@ -256,18 +256,20 @@ def _plan_card(
             continue
         peak, beyond = room.peak(one.bytes), room.host(one.bytes) > room.host_budget
         seconds = judge.seconds(one) if peak <= most else 0.0
-        # What fits comes before what does not; there the fastest, here what misses by least.
+        # What fits comes before what does not; there the fastest, here what misses by least. A
+        # host rounds the optimizer's step in its own way, so it is asked where nothing else fits.
+        hosted = one.setting.host_states
         if peak <= room.budget and not beyond:
-            order = (False, seconds, simplicity(one.setting))
+            order = (False, hosted, seconds, simplicity(one.setting))
         else:
-            order = (True, room.misses(one.bytes), simplicity(one.setting))
+            order = (True, hosted, room.misses(one.bytes), simplicity(one.setting))
         kind = kind_of(one.setting)
         if kind not in kinds or order < kinds[kind][0]:
             kinds[kind] = (order, one)
         if best is None or order < best[0]:
             best = (order, one)
         if peak <= most and not beyond:
-            near.append((seconds, peak, one))
+            near.append((hosted, seconds, peak, one))
     assert best is not None
     chosen, held = best[1], hold(need.denoiser, precision, best[1].setting.streamed)
     return CardPlan(
@@ -284,11 +286,12 @@ def _plan_card(
     )
 
 
-def _frontier(near: Sequence[tuple[float, int, Sized]]) -> list[Sized]:
-    """Those than which none is both smaller and faster, from the fastest."""
+def _frontier(near: Sequence[tuple[bool, float, int, Sized]]) -> list[Sized]:
+    """Those than which none is both smaller and faster, from the fastest; then, smaller still,
+    those with states on the host."""
     found: list[Sized] = []
     least: int | None = None
-    for _, peak, one in sorted(near, key=lambda e: (e[0], e[1], simplicity(e[2].setting))):
+    for *_, peak, one in sorted(near, key=lambda e: (*e[:3], simplicity(e[3].setting))):
         if least is None or peak < least:
             found.append(one)
             least = peak

@@ -59,6 +59,8 @@ class Load:
         streamed_bytes: copied to the device, in all passes together.
         largest_streamed: which is waited for once.
         inputs_bytes: an image, copied to the host and back.
+        recorded: kernels are started as one where the card is a GPU, so that the host costs
+            nothing.
     """
 
     work: Work
@@ -67,10 +69,17 @@ class Load:
     streamed_bytes: int
     largest_streamed: int
     inputs_bytes: int
+    recorded: bool = False
 
 
 def load_of(
-    precision: Precision, held: Held, step: Step, *, offload: bool, rates: Rates = RATES
+    precision: Precision,
+    held: Held,
+    step: Step,
+    *,
+    offload: bool,
+    recorded: bool = False,
+    rates: Rates = RATES,
 ) -> Load:
     """Of a training step: weights come, and are brought back, forward and backward."""
     passes = 2.0 + step.again_share
@@ -81,6 +90,7 @@ def load_of(
         2 * held.streamed_bytes,
         held.largest_streamed,
         step.inputs_bytes if offload else 0,
+        recorded and not offload,
     )
 
 
@@ -122,7 +132,9 @@ def micro_batch_seconds(load: Load, images: int, card: Card, rates: Rates = RATE
     inputs = images * load.inputs_bytes
     coming, going = (load.streamed_bytes + inputs) / to_device, inputs / to_host
     waited = load.largest_streamed / to_device + rates.exposed * (inputs / to_device + going)
-    return max(device, work.launches * rates.launch_seconds, coming, going) + waited
+    recorded = load.recorded and card.capability is not None
+    launching = 0.0 if recorded else work.launches * rates.launch_seconds
+    return max(device, launching, coming, going) + waited
 
 
 def move_seconds(
@@ -151,10 +163,18 @@ def seconds_per_image(
 
 
 def training_seconds(
-    need: Need, precision: Precision, setting: Setting, card: Card, rates: Rates = RATES
+    need: Need,
+    precision: Precision,
+    setting: Setting,
+    card: Card,
+    *,
+    recorded: bool = False,
+    rates: Rates = RATES,
 ) -> float:
     """Seconds of one micro-batch in a setting, for comparing with a measured one."""
     held = hold(need.denoiser, precision, setting.streamed)
     step = step_of(need, held, setting.checkpointing, setting.micro_batch)
-    load = load_of(precision, held, step, offload=setting.offload, rates=rates)
+    load = load_of(
+        precision, held, step, offload=setting.offload, recorded=recorded, rates=rates
+    )
     return micro_batch_seconds(load, setting.micro_batch, card, rates)

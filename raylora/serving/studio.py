@@ -42,7 +42,7 @@ class Studio:
         for held in self._attachments:
             held.attach([site for site in self._sites if site.component == held.component])
         self._names = names_of(family)
-        self._renderer = family.load_renderer(denoiser, encoders)
+        self._renderer = family.load_renderer(denoiser, encoders, dtype=dtype, device=device)
         self._exact = exact
         self._device = device
         self._adapters: Recent[Adapter] = Recent(adapters_held)

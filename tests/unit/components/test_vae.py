@@ -9,10 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from true_configs import VAE, Configured
+from true_configs import SDXL, VAE, Configured
 
 from raylora.base.errors import WeightsError
-from raylora.components.vae import decoding_dtype, encode_pixels, load_vae, vae_facts
+from raylora.components import vae as vae_file
+from raylora.components.lent import Keeps
+from raylora.components.vae import (
+    Decoder,
+    Tiling,
+    decode_in_tiles,
+    decode_whole,
+    decoding_dtype,
+    encode_pixels,
+    encoding_bytes,
+    load_vae,
+    vae_facts,
+    whole_bytes,
+)
+from raylora.memory.tracker import PeakTracker
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -113,3 +127,88 @@ def test_float16_is_too_narrow_for_a_vae_that_says_so(
     words: dict[str, Any], dtype: torch.dtype, found: torch.dtype
 ):
     assert decoding_dtype(Configured({"vae": {**VAE, **words}}), dtype) == found
+
+
+# -- decoding
+
+LATENTS = torch.linspace(-2, 2, 4 * 16 * 12).sin().view(1, 4, 16, 12)
+
+
+@pytest.mark.slow
+def test_pictures_are_what_the_inverse_of_encodings_scale_and_shift_decodes_to():
+    words = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+    theirs = made(**words)
+    base = Weighted({**TINY, **words}, theirs.state_dict())
+    decoder = Decoder(
+        lambda device: load_vae(base, dtype=torch.float32, device=device),
+        vae_facts(base, kind="some"),
+        Keeps(CPU),
+    )
+    expected = theirs.decode(LATENTS / 0.3611 + 0.1159).sample
+    assert torch.equal(decoder.decode(LATENTS), expected)
+
+
+def test_tiles_hold_less_and_leave_encoding_as_it_was():
+    vae, pixels = made(), torch.from_numpy(PIXELS)
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mode()
+        held, peaks = [], []
+        for decode in (decode_whole, lambda one, z: decode_in_tiles(one, z, tile=16)):
+            with PeakTracker() as tracker:
+                tracker.begin()
+                held.append(decode(vae, LATENTS))
+            peaks.append(tracker.peak_bytes)
+        assert torch.equal(vae.encode(pixels).latent_dist.mode(), latents)
+        # As large as a tile is whole.
+        assert torch.equal(decode_in_tiles(vae, LATENTS, tile=32), held[0])
+    assert held[1].shape == held[0].shape == (1, 3, 32, 24)
+    assert 0 < (held[1] - held[0]).abs().mean() < held[0].std()
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+@pytest.mark.parametrize("mode", ["auto", False])
+def test_where_a_whole_picture_runs_out_of_memory_auto_takes_tiles(mode: Any, monkeypatch: Any):
+    tried: list[str] = []
+
+    def full(vae: Any, scaled: Tensor) -> Tensor:
+        tried.append("whole")
+        raise torch.OutOfMemoryError("full")
+
+    def tiles(vae: Any, scaled: Tensor) -> Tensor:
+        tried.append("tiles")
+        return scaled
+
+    monkeypatch.setattr(vae_file, "decode_whole", full)
+    monkeypatch.setattr(vae_file, "decode_in_tiles", tiles)
+    facts = vae_facts(Weighted(TINY, {}), kind="some")
+    decoder = Decoder(lambda device: made(), facts, Keeps(CPU), Tiling(mode))
+    if mode == "auto":
+        decoder.decode(LATENTS)
+        assert tried == ["whole", "tiles"]
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            decoder.decode(LATENTS)
+        assert tried == ["whole"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [VAE, SDXL["vae"]], ids=["sd15", "sdxl"])
+@pytest.mark.parametrize(("batch", "width"), [(1, 512), (2, 768)])
+def test_what_encoding_and_decoding_take_is_what_their_operations_hold(
+    config: dict[str, Any], batch: int, width: int
+):
+    from diffusers import AutoencoderKL
+
+    channels = config["block_out_channels"]
+    with torch.device("meta"), torch.no_grad():
+        vae: Any = AutoencoderKL.from_config(config)
+        pixels, latents = torch.empty(batch, 3, 512, width), torch.empty(batch, 4, 64, width // 8)
+        for work, given, foreseen in (
+            (vae.encode, pixels, encoding_bytes(channels) * batch * 512 * width),
+            (vae.decode, latents, whole_bytes(channels, latents)),
+        ):
+            with PeakTracker() as tracker:
+                tracker.begin()
+                work(given)
+            # Small tensors beside them: statistics of norms, the latents.
+            assert foreseen <= tracker.peak_bytes < 1.001 * foreseen

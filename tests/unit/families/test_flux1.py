@@ -354,7 +354,9 @@ def test_schnell_is_told_no_guidance():
 
 def drawn(kind: str, **words: Any) -> np.ndarray:
     family = opened(kind)
-    renderer = family.load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    renderer = family.load_renderer(
+        family.load_denoiser(dtype=torch.float32, device=CPU), dtype=torch.float32, device=CPU
+    )
     return renderer.render("ink icon, cat", latents=numbers(1, 16, 12, 8), **words)
 
 
@@ -396,7 +398,7 @@ def test_what_a_picture_is_asked_to_be_changes_it():
 def test_pictures_hide_the_padding_as_training_does(guidance: float):
     family = opened(mask_t5=True, guidance=3.5)
     model, latents = family.load_denoiser(dtype=torch.float32, device=CPU), numbers(1, 16, 4, 6)
-    renderer = family.load_renderer(model)
+    renderer = family.load_renderer(model, dtype=torch.float32, device=CPU)
     asked = {"negative": "a black dog", "latents": latents, "steps": 3, "guidance": guidance}
     picture = renderer.render("ink icon, cat", **asked)
     assert not model._forward_pre_hooks
@@ -415,7 +417,11 @@ def test_pictures_hide_the_padding_as_training_does(guidance: float):
         decoded = vae.decode(latents / 0.3611 + 0.1159, return_dict=False)[0]
     expected = (decoded / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy() * 255
     assert np.abs(picture - expected).max() < 1.01  # rounded to whole numbers
-    plain = opened(guidance=3.5).load_renderer(model).render("ink icon, cat", **asked)
+    plain = (
+        opened(guidance=3.5)
+        .load_renderer(model, dtype=torch.float32, device=CPU)
+        .render("ink icon, cat", **asked)
+    )
     assert not np.array_equal(plain, picture)
 
 

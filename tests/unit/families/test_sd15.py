@@ -337,7 +337,9 @@ def test_previews_are_told_prompts_as_training_is_told_captions(words: dict[str,
 
     family = opened(**words)
     prompt, negative = f"(red heart:1.6), {LONG}", "[blue] cat"
-    renderer = family.load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    renderer = family.load_renderer(
+        family.load_denoiser(dtype=torch.float32, device=CPU), dtype=torch.float32, device=CPU
+    )
     latents = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 4, 12, 16))).float()
     ours = renderer.render(prompt, negative=negative, latents=latents, steps=3, guidance=3.5)
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -358,7 +360,9 @@ def test_previews_are_told_prompts_as_training_is_told_captions(words: dict[str,
         output_type="np",
     ).images[0]
     assert abs(ours.astype(int) - (theirs * 255).round().astype(int)).max() <= 1
-    usual = opened().load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    usual = opened().load_renderer(
+        family.load_denoiser(dtype=torch.float32, device=CPU), dtype=torch.float32, device=CPU
+    )
     other = usual.render(prompt, negative=negative, latents=latents, steps=3, guidance=3.5)
     assert abs(ours.astype(int) - other).max() > 1
 
@@ -368,7 +372,9 @@ def test_the_renderer_is_the_diffusers_pipeline():
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     family = opened()
-    renderer = family.load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    renderer = family.load_renderer(
+        family.load_denoiser(dtype=torch.float32, device=CPU), dtype=torch.float32, device=CPU
+    )
     latents = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 4, 12, 16))).float()
     ours = renderer.render("ink icon, cat", negative="red", latents=latents, steps=3, guidance=3.5)
     pipeline = StableDiffusionPipeline.from_pretrained(

@@ -150,7 +150,9 @@ def test_a_picture_is_the_one_that_the_diffusers_pipeline_draws(prediction: str,
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": prediction}))
     family = opened(folder)
     latents = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 4, 24, 32))).float()
-    renderer = family.load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    renderer = family.load_renderer(
+        family.load_denoiser(dtype=torch.float32, device=CPU), dtype=torch.float32, device=CPU
+    )
     ours = renderer.render("ink icon, cat", negative="red", latents=latents, steps=3, guidance=3.5)
     plain = StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, safety_checker=None

@@ -374,7 +374,7 @@ def test_pictures_are_the_pipelines_own(kind: str, guidance: float):
     latents = numbers(1, 16, 12, 8)
     ours = (
         opened(kind)
-        .load_renderer(denoiser(kind))
+        .load_renderer(denoiser(kind), dtype=torch.float32, device=CPU)
         .render("ink icon, cat", negative="a dog", latents=latents, steps=4, guidance=guidance)
     )
     plain = pipeline(kind)(
@@ -392,7 +392,7 @@ def test_pictures_are_the_pipelines_own(kind: str, guidance: float):
 
 
 def test_what_a_picture_is_asked_to_be_changes_it():
-    renderer = opened().load_renderer(denoiser())
+    renderer = opened().load_renderer(denoiser(), dtype=torch.float32, device=CPU)
     usual: dict[str, Any] = {
         "negative": "", "steps": 3, "guidance": 4.0, "latents": numbers(1, 16, 12, 8),
     }  # fmt: skip

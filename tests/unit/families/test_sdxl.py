@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from true_configs import SD15, SDXL, SDXL_UNET, Configured
 
 from raylora.base.errors import WeightsError
+from raylora.components.lent import Keeps
 from raylora.families.sdxl import Sdxl, SdxlOptions
 from raylora.weights.base import open_base
 
@@ -347,7 +348,9 @@ def test_a_picture_is_the_one_that_the_diffusers_pipeline_draws(prediction: str,
 
     folder = changed(tmp_path, "scheduler/scheduler_config.json", prediction_type=prediction)
     family = opened(folder)
-    renderer = family.load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    renderer = family.load_renderer(
+        family.load_denoiser(dtype=torch.float32, device=CPU), dtype=torch.float32, device=CPU
+    )
     ours = renderer.render(
         "ink icon, cat",
         negative="red",
@@ -372,7 +375,9 @@ def test_latents_are_not_clipped_by_a_scheduler_that_was_made_for_pixels():
     from diffusers import DDIMScheduler
 
     family = opened()
-    renderer = family.load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    renderer = family.load_renderer(
+        family.load_denoiser(dtype=torch.float32, device=CPU), dtype=torch.float32, device=CPU
+    )
     words: dict[str, Any] = {"negative": "red", "latents": LATENTS, "steps": 3, "guidance": 3.5}
     ours = renderer.render("ink icon, cat", **words, sampler="ddim").astype(int)
     pipe = family.load_pipeline(dtype=torch.float32, device=CPU)
@@ -391,12 +396,16 @@ def test_a_vae_that_float16_is_too_narrow_for_decodes_in_float32(forced: bool, t
     folder = changed(tmp_path, "vae/config.json", force_upcast=forced)
     family = opened(folder)
     denoiser = family.load_denoiser(dtype=torch.float16, device=CPU)
-    renderer: Any = family.load_renderer(denoiser)
-    dtype = renderer._pipeline.vae.dtype
-    assert dtype == (torch.float32 if forced else torch.float16)
+    lender = Keeps(CPU)
+    renderer = family.load_renderer(denoiser, dtype=torch.float16, device=CPU, lender=lender)
     words = {"negative": "red", "latents": LATENTS, "steps": 3, "guidance": 3.5, "sampler": "euler"}
     half = renderer.render("ink icon, cat", **words)
-    exact: Any = family.load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    with lender.lend("vae", lambda device: pytest.fail("the VAE was drawn with")) as vae:
+        dtype = next(vae.parameters()).dtype
+    assert dtype == (torch.float32 if forced else torch.float16)
+    exact = family.load_renderer(
+        family.load_denoiser(dtype=torch.float32, device=CPU), dtype=torch.float32, device=CPU
+    )
     whole = exact.render("ink icon, cat", **words)
     # fp16 keeps 11 bits, and these are 3 steps of a model whose weights are noise
     assert abs(half.astype(int) - whole.astype(int)).mean() < 2

@@ -168,7 +168,7 @@ def test_previews_bring_the_vae_for_decoding_alone() -> None:
 def test_encoding_takes_the_largest_of_what_comes_one_at_a_time() -> None:
     assert encoding_of(small_need(), 10**6).peak == 70 * 4 + 7000
     large = replace(small_need(), encode=curve(0, 0))
-    assert encoding_of(large, 10**6).peak == 300 * 4 + 40
+    assert encoding_of(large, 10**6).peak == 300 * 4 + 16 * 40  # captions, sixteen together
 
 
 def test_a_text_encoder_that_does_not_fit_is_streamed_and_then_does() -> None:

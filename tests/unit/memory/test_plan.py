@@ -166,7 +166,10 @@ def test_a_plan_fits_is_the_best_precision_and_nothing_that_fits_is_faster(
     assert (plan.precision.base, plan.precision.states) == ORDER[best]
     within = {setting: s for precision, setting, s in fits if precision == ORDER[best]}
     assert chosen.setting in within
-    assert chosen.seconds_per_image == pytest.approx(min(within.values()), rel=1e-9)
+    # A host rounds the optimizer's step in its own way, so it is asked where nothing else fits.
+    plain = {setting: s for setting, s in within.items() if not setting.host_states} or within
+    assert chosen.setting in plain
+    assert chosen.seconds_per_image == pytest.approx(min(plain.values()), rel=1e-9)
 
 
 @pytest.mark.slow
@@ -191,8 +194,10 @@ def test_more_memory_never_gives_a_worse_precision_or_a_slower_plan(
     rank = [ORDER.index((plan.precision.base, plan.precision.states)) for plan in (before, after)]
     assert rank[1] <= rank[0]
     if rank[0] == rank[1]:
-        slow, fast = (plan.workers[0].chosen.seconds_per_image for plan in (before, after))
-        assert fast <= slow * (1 + 1e-12)
+        slow, fast = (plan.workers[0].chosen for plan in (before, after))
+        assert fast.setting.host_states <= slow.setting.host_states
+        if fast.setting.host_states == slow.setting.host_states:
+            assert fast.seconds_per_image <= slow.seconds_per_image * (1 + 1e-12)
 
 
 @pytest.mark.slow
