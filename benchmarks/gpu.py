@@ -243,8 +243,9 @@ class Bench:
             }
         fit = Fit(Precision("bf16", base=case.base), case.setting)
         loader: Any = _Loader(family, case)
+        fleet: Any = (Alone(), Shares(1))
         parts = make_parts(
-            job, family, loader, Alone(), Shares(1), 1000, self.device, fit, self.memory
+            *(job, family, loader, *fleet, 1000, self.device, fit, self.memory), share_host=False
         )
         return family, parts, parts.fitting
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from raylora.adapt.attach import Adapter
 from raylora.adapt.from_file import adapter_on
 from raylora.adapt.metadata import adapter_metadata
 from raylora.adapt.norm_cap import NormCap
@@ -22,7 +23,8 @@ from raylora.adapt.proof import ExportProver
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage, open_storage
 from raylora.base.units import mib
-from raylora.data.dataset import CachePlan, Dataset, WorkItem, load_dataset, prepare
+from raylora.components.vae import Tiling
+from raylora.data.dataset import CachePlan, Dataset, load_dataset, prepare
 from raylora.data.options import SetOptions
 from raylora.data.steps import StepPlan
 from raylora.data.supply import Extras, Supply, measured_tensors
@@ -31,46 +33,61 @@ from raylora.diffusion.losses import make_loss
 from raylora.diffusion.noise import make_noise, trained_process
 from raylora.diffusion.timesteps import make_timesteps
 from raylora.families import Family
+from raylora.fit import (
+    Fit,
+    fit_worker,
+    host_memory,
+    largest_bucket,
+    make_fitting,
+    make_memory,
+    make_trial,
+)
 from raylora.header import adapter_facts, image_facts
 from raylora.job import Job
+from raylora.memory.attending import check_kernel, predicting_by
+from raylora.memory.host import as_host
+from raylora.memory.lending import free_on, lending_of
+from raylora.memory.setting import Precision, States
 from raylora.models import PRECISIONS, Adapted, load_adapted
 from raylora.optim.groups import rates_at, text_stop_step
+from raylora.optim.host_states import HostStates
 from raylora.optim.optimizers import (
     make_optimizer,
     sets_rate,
     wants_shapes,
 )
 from raylora.optim.schedules import make_schedule
+from raylora.optim.state import state_tensors
+from raylora.optim.states import with_eight_bits
 from raylora.preview.options import usual_of
 from raylora.training.course import Course, steps_between
 from raylora.training.ema import Ema
 from raylora.training.finish import finish_run
+from raylora.training.fused import Fused
+from raylora.training.graphs import Graphs
 from raylora.training.loader import Loader
 from raylora.training.loop import Run
 from raylora.training.loss_scale import LossScale
-from raylora.training.options import MICRO_BATCH
+from raylora.training.memory import DeviceMemory
+from raylora.training.memory_problems import graph_obstacles
 from raylora.training.parts import Mover, Parts, ReadText
 from raylora.training.reduce import Group
-from raylora.training.report import Reporter, Sink
+from raylora.training.report import Reporter, Sink, worker_teller
 from raylora.training.run_folder import (
     claim_attempt,
     claim_run,
     finished_steps,
+    keep_precision,
     settle_move,
 )
 from raylora.training.sample import Previews
 from raylora.training.save import Saver
 from raylora.training.shares import Shares
-from raylora.training.sums import ExactSums, RoundedSums
+from raylora.training.sums import ExactSums, RoundedSums, Sums
 from raylora.training.trackers import make_trackers
 from raylora.training.validate import Measured, Validation
 
 log = get_logger("train")
-
-# A float32 VAE holds a few activations of 256 channels at full size at once. An estimate, to be
-# measured: too much halves the batch.
-ENCODE_BYTES_A_PIXEL = 6 * 256 * 4
-MOST_ENCODED = 16
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,11 @@ class Datasets:
 
     training: Dataset
     validation: Dataset | None
+
+    @property
+    def all(self) -> list[Dataset]:
+        """Both."""
+        return [self.training, *([self.validation] if self.validation else [])]
 
 
 def open_store(job: Job) -> Storage:
@@ -128,17 +150,6 @@ def plan_dataset(
     )
 
 
-def image_batch(job: Job, item: WorkItem, device: torch.device) -> int:
-    """How many pictures of a work item are encoded together on this device."""
-    if job.memory.encode_batch is not None:
-        return job.memory.encode_batch
-    if device.type != "cuda" or item.bucket is None:
-        return 1
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    pixels = item.bucket[0] * item.bucket[1]
-    return max(1, min(MOST_ENCODED, free_bytes // (ENCODE_BYTES_A_PIXEL * pixels)))
-
-
 def load_datasets(plans: Sequence[CachePlan]) -> Datasets:
     """The rows of finished plans; says what they hold."""
     sets = [load_dataset(plan) for plan in plans]
@@ -172,8 +183,13 @@ def make_run(
     *,
     prove: bool = True,
     report: bool = True,
+    share_host: bool = False,
 ) -> Run:
-    """Everything one worker needs; worker 0 also gets what reports and saves, unless not asked."""
+    """Everything one worker needs; worker 0 also gets what reports and saves, unless not asked.
+
+    Args:
+        share_host: other runs with this base on the machine have streamed weights with it.
+    """
     plan = StepPlan(datasets.training.rows, job.training.images_per_step, job.data.order_seed)
     total = total_steps(job, plan)
     pinned = None if job.fleet.shares == "measured" else job.fleet.shares
@@ -181,21 +197,35 @@ def make_run(
     chooser = Chooser(job.sets, seed=job.seed, total_steps=total)
     tokens = family.tokens if job.network.trains_text else None
     live = job.data.pictures_live or (job.data.texts_live and tokens is None)
-    encoder = family.load_encoder(device=device) if live else None
+    # Before memory is probed, so nothing is loaded yet: a plan counts these models itself.
+    keeping = lending_of(family, job.memory, device, keep=True)
+    encoder = family.load_encoder(device=device, lender=keeping) if live else None
     extras = Extras(family.wants_geometry, family.encoder_dropout)
     supply = Supply(datasets.training, plan, chooser, encoder, tokens, extras)
     loader = Loader(supply, plan, shares, group.rank)
-    parts = _make_parts(job, family, loader, group, shares, total, device)
+    fit = fit_worker(job, family, largest_bucket(datasets.all), storage, group, device)
+    memory = make_memory(job, device)
+    if fit.shares and not shares.pinned:
+        shares.weights = fit.shares
+    parts = _make_parts(
+        job, family, loader, group, shares, total, device, fit, memory, share_host=share_host
+    )
     first = group.rank == 0 and report
-    attempt = claim_attempt(storage) if first else 0
-    reporter = _make_reporter(job, storage, attempt, total, device, sinks) if first else None
+    if first:
+        keep_precision(storage, fit.precision)
+    attempt = int(group.gather([float(claim_attempt(storage) if first else 0)])[0][0])
+    reporter = _make_reporter(job, storage, attempt, total, memory, sinks) if first else None
+    if report:
+        told = reporter.event if reporter else None
+        parts.fitting.tell_to(told or worker_teller(storage, attempt=attempt, rank=group.rank))
     prover = ExportProver() if prove and first else None
     if prover:
         prover.start()  # its imports take seconds; they are over when the first save comes
-    make_saver = partial(_make_saver, job, family, datasets, plan, total, storage, prover, parts)
+    make_saver = partial(
+        _make_saver, job, family, datasets, plan, total, storage, prover, parts, fit.precision
+    )
     held_out = datasets.validation
     measured = partial(measured_tensors, tokens=tokens, extras=extras)
-    preview = job.preview.with_usual(usual_of(family, job.family))
     return Run(
         parts=parts,
         course=_course(job, total, plan.steps_per_epoch),
@@ -204,9 +234,11 @@ def make_run(
         validation=_make_validation(job, datasets.training, held_out, measured)
         if held_out
         else None,
-        previews=Previews(family, preview, storage) if preview.prompts else None,
+        previews=_make_previews(job, family, storage, device, memory),
         reporter=reporter,
         saver=make_saver(attempt) if first else None,
+        memory=memory,
+        trial=make_trial(job, fit, parts, memory),
     )
 
 
@@ -244,21 +276,46 @@ def _make_parts(
     shares: Shares,
     total: int,
     device: torch.device,
+    fit: Fit,
+    memory: DeviceMemory,
+    share_host: bool,
 ) -> Parts:
     dtype, _ = PRECISIONS[job.training.precision]
-    models = load_adapted(job, family, device)
+    fitting = make_fitting(job, fit, device, memory)
+    models = load_adapted(
+        job,
+        family,
+        device,
+        precision=fit.precision,
+        fitting=fitting,
+        host=host_memory(family, fit, shared=share_host or group.size > 1),
+    )
     adapter = models.adapter
     process = trained_process(family.process, job.noise)
     exact_sums = job.training.sums == "exact"
     if exact_sums and device.type == "cpu":
         # More threads cut a layer's own sums into other pieces.
         torch.set_num_threads(job.fleet.threads)
+    check_kernel(job.memory.attention, models.denoiser, device=device, dtype=dtype)
+    mover = _make_mover(job, models, total, fit.precision)
+    fitting.take([HostStates(mover.optimizer, as_host)])
+    fused = _make_fused(job, adapter, mover)
+    sums: Sums = fused or (ExactSums(adapter) if exact_sums else RoundedSums(adapter))
+    ema = Ema(job.ema, adapter.values.data) if job.ema.decay is not None else None
+    if memory.budget:
+        averages = [ema.average] if ema and job.ema.place == "device" else []
+        flat = (adapter.values, adapter.gradients, adapter.constants, *sums.held, *averages)
+        models_there = (models.denoiser, *models.text_encoders.values())
+        memory.budget.watch(models_there, flat, partial(state_tensors, mover.optimizer))
+        fitting.take([memory.budget])
+    graphs = _make_graphs(job, models, device)
+    fitting.take([graphs])
     return Parts(
         denoiser=models.denoiser,
         text_encoders=models.text_encoders,
         attachments=models.attachments,
         adapter=adapter,
-        predict=family.predict,
+        predict=predicting_by(job.memory.attention, family.predict),
         read_text=_text_reader(family, models, dtype, device),
         process=process,
         loss=make_loss(
@@ -268,14 +325,14 @@ def _make_parts(
             weighed=any(options.is_reg for options in job.sets),
         ),
         noise=make_noise(job.noise),
-        mover=_make_mover(job, models, total),
-        ema=Ema(job.ema, adapter.values.data) if job.ema.decay is not None else None,
+        mover=mover,
+        ema=ema,
         loss_scale=LossScale(on=job.training.precision == "fp16"),
         loader=loader,
         group=group,
         shares=shares,
-        sums=ExactSums(adapter) if exact_sums else RoundedSums(adapter),
-        micro_batch=1 if exact_sums else job.memory.max_micro_batch or MICRO_BATCH,
+        sums=sums,
+        fitting=fitting,
         seed=job.seed,
         timesteps=make_timesteps(
             job.timesteps.with_usual(family.usual_draw, family.usual_shift),
@@ -288,14 +345,27 @@ def _make_parts(
         device=device,
         skip_broken=job.training.on_nan == "skip",
         under=models.under,
+        fused=fused,
+        graphs=graphs,
     )
 
 
-def adapter_optimizer(job: Job, models: Adapted) -> torch.optim.Optimizer:
-    """The optimizer over the adapter's groups."""
-    adapter, shapes = models.adapter, wants_shapes(job.optimizer)
+def _make_graphs(job: Job, models: Adapted, device: torch.device) -> Graphs:
+    """What records micro-batches, on a GPU and where nothing stands against it."""
+    memory, placed = job.memory, models.placed
+    against = graph_obstacles(memory, job.training, job.network, preserved=job.preserves)
+    possible = device.type == "cuda" and memory.cuda_graphs is not False and not any(against)
+    return Graphs(possible=possible, forget=placed.forget if placed else lambda: None)
+
+
+def adapter_optimizer(
+    job: Job, models: Adapted, *, states: States = "full"
+) -> torch.optim.Optimizer:
+    """The optimizer over the adapter's groups, its states held as the run's precision says."""
+    options = with_eight_bits(job.optimizer) if states == "8bit" else job.optimizer
+    adapter, shapes = models.adapter, wants_shapes(options) or job.memory.fused
     return make_optimizer(
-        job.optimizer,
+        options,
         [
             {
                 "params": adapter.leaves(i) if shapes else [adapter.flat(i)],
@@ -307,13 +377,21 @@ def adapter_optimizer(job: Job, models: Adapted) -> torch.optim.Optimizer:
     )
 
 
-def _make_mover(job: Job, models: Adapted, total: int) -> Mover:
+def _make_fused(job: Job, adapter: Adapter, mover: Mover) -> Fused | None:
+    """Sums that move the adapter within the backward pass, where the job asks for them."""
+    if not job.memory.fused:
+        return None
+    bundles = job.memory.fused_groups
+    return Fused(adapter, mover.optimizer, mover.groups, bundles=bundles)
+
+
+def _make_mover(job: Job, models: Adapted, total: int, precision: Precision) -> Mover:
     """The optimizer, and the rate of each group at every step."""
     options, groups = job.optimizer, models.groups
     factor = make_schedule(job.schedule, total, abs(options.rate))
     most = job.network.max_norm
     return Mover(
-        optimizer=adapter_optimizer(job, models),
+        optimizer=adapter_optimizer(job, models, states=precision.states),
         groups=groups,
         rates=(lambda step: rates_at(groups, factor, step, total, options))
         if sets_rate(options)
@@ -335,6 +413,18 @@ def _text_reader(
     return lambda texts: {
         name: tensor.to(device, dtype, non_blocking=True) for name, tensor in texts.items()
     }
+
+
+def _make_previews(
+    job: Job, family: Family, storage: Storage, device: torch.device, memory: DeviceMemory
+) -> Previews | None:
+    preview = job.preview.with_usual(usual_of(family, job.family))
+    if not preview.prompts:
+        return None
+    budget = memory.budget.tracker if memory.budget else None
+    lender = lending_of(family, job.memory, device, budget=budget)
+    tiling = Tiling(job.memory.vae_tiling, free_on(device, job.memory, budget))
+    return Previews(family, preview, storage, lender, tiling)
 
 
 def _make_validation(
@@ -371,7 +461,7 @@ def _make_reporter(
     storage: Storage,
     attempt: int,
     total: int,
-    device: torch.device,
+    memory: DeviceMemory,
     sinks: Sequence[Sink],
 ) -> Reporter:
     reporter = Reporter(
@@ -379,7 +469,7 @@ def _make_reporter(
         attempt=attempt,
         total_steps=total,
         every_steps=job.log.every_steps,
-        device=device,
+        memory=memory,
         sinks=sinks,
         trackers=make_trackers(job.log, storage, attempt=attempt, name=job.name, job=job.plain()),
     )
@@ -398,6 +488,7 @@ def _make_saver(
     storage: Storage,
     prover: ExportProver | None,
     parts: Parts,
+    precision: Precision,
     attempt: int,
 ) -> Saver:
     started, licence = time.time(), family.base.license or ""
@@ -415,6 +506,7 @@ def _make_saver(
             total_steps=total,
             started_at=started,
             base_license=licence,
+            base_precision=precision.base,
             now=time.time(),
         )
         return adapter_metadata(facts)

@@ -26,9 +26,11 @@ from raylora.diffusion.noise import noise_problems, trained_process
 from raylora.diffusion.timesteps import timestep_problems
 from raylora.families import Family
 from raylora.job import Job
+from raylora.memory.bases import base_problem
 from raylora.models import files_fit, open_family, with_seed
 from raylora.optim.optimizers import optimizer_problem, optimizer_warning
 from raylora.optim.schedules import make_schedule, schedule_warning
+from raylora.optim.states import with_eight_bits
 from raylora.preview.options import usual_of
 from raylora.training.trackers import report_problems
 
@@ -95,8 +97,7 @@ def base_problems(job: Job, family: Family) -> list[str]:
         *loss_problems(job.loss, process, kind),
         *timestep_problems(timesteps, process, kind),
     ]
-    problem = optimizer_problem(job.optimizer, pick_device(job).type)
-    found += [problem] if problem else []
+    found += memory_problems_here(job, pick_device(job))
     sides = {}
     for number, options in enumerate(job.sets):
         place = f"data.sets.{number}" if job.data.sets else "data"
@@ -124,6 +125,37 @@ def base_problems(job: Job, family: Family) -> list[str]:
     if wrong:
         found.append(f"validation.timesteps {wrong}: the base has timesteps 0 to {last - 1}.")
     return found
+
+
+def memory_problems_here(job: Job, device: torch.device) -> list[str]:
+    """What this machine lacks for how the job holds base and optimizer, one sentence each."""
+    memory, optimizer = job.memory, job.optimizer
+    if memory.states == "8bit":
+        optimizer = with_eight_bits(optimizer)
+    lacks = [
+        base_problem("full" if memory.base == "auto" else memory.base),
+        optimizer_problem(optimizer, device.type),
+    ]
+    return [problem for problem in lacks if problem]
+
+
+def memory_warnings(job: Job, device: torch.device) -> list[str]:
+    """Words of memory that do nothing where the job would run here."""
+    memory = job.memory
+    if device.type != "cpu" or memory.budget_gib is not None:
+        return []
+    words = {
+        "streaming": memory.streaming not in ("auto", 0),
+        "offload_inputs": memory.offload_inputs is True,
+        "host_states": memory.host_states is True,
+    }
+    given = [f"memory.{word}" for word, there in words.items() if there]
+    if not given:
+        return []
+    return [
+        f"{' and '.join(given)}: on a CPU the device's memory is the host's, so that nothing is "
+        "saved. Leave it to GPUs, or give the CPU a memory.budget_gib."
+    ]
 
 
 def arithmetic(checked: Checked) -> dict[str, Any]:
@@ -163,6 +195,7 @@ def _steps_of(job: Job, plan: CachePlan) -> int:
 
 def _warnings(job: Job, plans: list[CachePlan]) -> list[str]:
     found = [note for plan in plans for note in plan.notes]
+    found += memory_warnings(job, pick_device(job))
     seldom_meant = optimizer_warning(job.optimizer)
     found += [seldom_meant] if seldom_meant else []
     showings = int(plans[0].rows.repeats.sum())

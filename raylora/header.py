@@ -43,6 +43,7 @@ def adapter_facts(
     started_at: float,
     now: float,
     base_license: str = "",
+    base_precision: str = "full",
 ) -> AdapterFacts:
     """Facts of the file saved after `step` global steps.
 
@@ -50,6 +51,7 @@ def adapter_facts(
         images: the `image_facts`.
         held_out: how many images are measured and not trained on.
         base_license: where it is known; `export.license` replaces it.
+        base_precision: how the run holds the base, `memory.base`.
     """
     training = job.training
     about = family.metadata
@@ -77,6 +79,7 @@ def adapter_facts(
         batches_per_epoch=plan.steps_per_epoch,
         base_name=about["ss_sd_model_name"],
         vae_name=PurePosixPath(job.family.vae).name if job.family.vae else None,
+        base_precision=base_precision,
         gradient_checkpointing=job.memory.checkpointing in ("alternate", "all"),
         clip_skip=_skipped(int(about.get("ss_clip_skip", 1))),
         max_token_length=None if isinstance(family.process, Flow) else _chunked(family.max_tokens),

@@ -40,6 +40,7 @@ from raylora.optim.schedules import ScheduleOptions
 from raylora.optim.together import rate_problems
 from raylora.preview.options import PreviewOptions
 from raylora.training.ema import EmaOptions
+from raylora.training.memory_problems import memory_problems
 from raylora.training.options import (
     ExportOptions,
     LogOptions,
@@ -202,6 +203,11 @@ class Job(Options):
         given = None if self.data.pictures_live else self.data.cache
         return given or f"{self.store.rstrip('/')}/caches"
 
+    @property
+    def preserves(self) -> bool:
+        """Whether what the base draws of some images is kept."""
+        return any(options.output_preservation for options in self.sets)
+
     def plain(self) -> dict[str, Any]:
         """The whole job as plain data, every default written out."""
         return self.model_dump(mode="json")
@@ -215,6 +221,11 @@ class Job(Options):
 def _part_problems(job: Job) -> Iterable[str]:
     """What network, optimizer and the rest do not agree on."""
     network, optimizer = job.network, job.optimizer
+    yield from memory_problems(
+        *(job.memory, optimizer, job.training, network),
+        workers=job.fleet.count,
+        preserved=job.preserves,
+    )
     if network.initial_ranks and network.initial is None:
         yield (
             "network.initial_ranks takes the ranks of network.initial, which is not given. Give "

@@ -9,17 +9,16 @@ from raylora.assemble import (
     Datasets,
     claim,
     finish,
-    image_batch,
     load_datasets,
     make_run,
     pick_device,
     settle,
 )
-from raylora.base.encoder import Encoder
 from raylora.base.errors import TrainingError
 from raylora.base.storage import Storage
 from raylora.check import Checked, check_job
-from raylora.data.dataset import BalanceChanged, run_item
+from raylora.data.dataset import BalanceChanged
+from raylora.encoding import Encoding
 from raylora.job import Job
 from raylora.training.loop import Outcome, run_training
 from raylora.training.reduce import Alone
@@ -103,12 +102,13 @@ def begin(
 
 def cache_here(checked: Checked) -> Datasets:
     """Encode what is missing in this process; the encoders are loaded only if something is."""
-    encoder: Encoder | None = None
-    job, device = checked.job, pick_device(checked.job)
-    for plan in checked.plans:
-        for item in plan.items:
-            encoder = encoder or checked.family.load_encoder(device=device)
-            run_item(plan.facts, item, encoder, image_batch=image_batch(job, item, device))
+    work = [(plan.facts, item) for plan in checked.plans for item in plan.items]
+    encoding = Encoding(checked.job, checked.family, pick_device(checked.job))
+    try:
+        for facts, item in sorted(work, key=lambda one: one[1].kind):
+            encoding.run(facts, item)
+    finally:
+        encoding.close()
     return load_datasets(checked.plans)
 
 

@@ -29,8 +29,14 @@ from raylora.base.site import Site
 from raylora.base.storage import open_storage
 from raylora.families import BaseLora, Family, Models, get_family
 from raylora.job import Job, with_overrides
+from raylora.memory.compiled import compile_units
+from raylora.memory.host import HostMemory
+from raylora.memory.placed import Placed
+from raylora.memory.setting import Precision, Setting
 from raylora.networks import Arrays, Network, NetworkOptions, get_network
 from raylora.optim.groups import Group, make_groups, trained_sites
+from raylora.training.fitting import Fits, Fitting
+from raylora.training.options import MICRO_BATCH
 from raylora.weights.base import open_base
 
 PRECISIONS = {
@@ -142,6 +148,7 @@ class Adapted:
         text_encoders: by component; none where captions are cached.
         groups: what moves at one rate, as the pieces of the adapter's buffer.
         under: the frozen adapter beneath, where the job has a `family.training_adapter`.
+        placed: the denoiser, where a setting moves it.
     """
 
     denoiser: nn.Module
@@ -150,29 +157,69 @@ class Adapted:
     attachments: list[Attachment]
     groups: list[Group]
     under: Adapter | None = None
+    placed: Placed | None = None
 
 
-def load_adapted(job: Job, family: Family, device: torch.device) -> Adapted:
+def words_alone(job: Job) -> tuple[Precision, Setting]:
+    """What the job's words of memory say where nothing is planned: `auto` does nothing."""
+    memory = job.memory
+    exact = job.training.sums == "exact"
+    precision = Precision(
+        job.training.precision,
+        base="full" if memory.base == "auto" else memory.base,
+        states="full" if memory.states == "auto" else memory.states,
+    )
+    return precision, Setting(
+        checkpointing="none" if memory.checkpointing == "auto" else memory.checkpointing,
+        streamed=0.0 if memory.streaming == "auto" else float(memory.streaming),
+        offload=memory.offload_inputs is True,
+        micro_batch=1 if exact else memory.max_micro_batch or MICRO_BATCH,
+        host_states=memory.host_states is True,
+    )
+
+
+def load_adapted(
+    job: Job,
+    family: Family,
+    device: torch.device,
+    *,
+    precision: Precision | None = None,
+    fitting: Fitting | None = None,
+    host: HostMemory | None = None,
+    fresh: Callable[[Sequence[Site]], dict[str, Arrays]] | None = None,
+) -> Adapted:
     """The denoiser, the text encoders where they are trained, and a new adapter on them.
+
+    The adapter begins from the full weights, whatever they are held in.
+
+    Args:
+        precision: of the run; None is what the job's words say.
+        fitting: what is done to fit, which is then in charge of the models; None likewise.
+        host: where weights lie that are streamed.
+        fresh: what sites begin from; None is what `training.seed` draws.
 
     Raises:
         WeightsError: `network.initial` does not fit.
     """
+    said, setting = words_alone(job)
+    precision, fitting = precision or said, fitting or Fitting(setting)
     dtype, exact = PRECISIONS[job.training.precision]
     options, network = job.network, get_network(job.network.kind)
-    denoiser = family.load_denoiser(dtype=dtype, device=device)
+    placed = precision.base != "full" or fitting.does_more or device.type not in ("cpu", "meta")
+    first_device = torch.device("cpu") if placed else device
+    denoiser = family.load_denoiser(dtype=dtype, device=first_device)
+    if job.memory.compile and device.type != "meta":
+        compile_units(family.units(denoiser))
     encoders: Models = {}
     if options.trains_text:
-        encoders = family.load_text_encoders(dtype=dtype, device=device)
-    if job.memory.checkpointing in ("alternate", "all"):
-        family.checkpoint_blocks(denoiser, encoders)
+        encoders = family.load_text_encoders(dtype=dtype, device=first_device)
     models = {family.component: denoiser, **encoders}
     weight_of = weights_in(models)
     first = _first(
         job,
         family,
         _sites(job, family, denoiser, encoders),
-        partial(first_weights, network, options, seed=job.seed, weight_of=weight_of),
+        fresh or partial(first_weights, network, options, seed=job.seed, weight_of=weight_of),
     )
     constants = {site.name: network.constants(options, site) for site in first.sites}
     groups = make_groups(
@@ -199,12 +246,33 @@ def load_adapted(job: Job, family: Family, device: torch.device) -> Adapted:
     unit = network.unit(options)
     if options.dropout or options.rank_dropout or options.module_dropout or unit:
         adapter.dropout = Dropout(options, seed=job.seed, unit=unit)
+    moved: Placed | None = None
+    if placed:
+        units = family.units(denoiser)
+        moved = Placed(denoiser, units, device=device, host=host, base=precision.base)
+        fitting.take([moved, *_resident(family, encoders, device)])
     under = _under(job, family, denoiser, device)
     attachments = [
         Attachment(model, component, adapter, under=under if model is denoiser else None)
         for component, model in models.items()
     ]
-    return Adapted(denoiser, encoders, adapter, attachments, groups, under)
+    return Adapted(denoiser, encoders, adapter, attachments, groups, under, moved)
+
+
+class _Resident:
+    """A text encoder in training: computed again as the setting says, and never streamed."""
+
+    def __init__(self, placed: Placed) -> None:
+        self._placed = placed
+
+    def apply(self, setting: Setting) -> None:
+        """All but what is the denoiser's."""
+        self._placed.apply(setting.but(streamed=0.0))
+
+
+def _resident(family: Family, encoders: Models, device: torch.device) -> list[Fits]:
+    units = family.text_units(encoders) if encoders else {}
+    return [_Resident(Placed(encoders[one], units[one], device=device)) for one in encoders]
 
 
 def _under(job: Job, family: Family, denoiser: nn.Module, device: torch.device) -> Adapter | None:

@@ -25,6 +25,11 @@ from raylora.networks import Arrays, Call, Draw, Network, NetworkOptions, Weight
 
 Member = tuple[str, str]
 """A site's name and a parameter's."""
+Change = Callable[[Tensor, Tensor], Tensor]
+"""(x, what the frozen layer gave) -> what the adapted one gives."""
+_ROUNDED_NUMBERS = 2**26
+"""Most numbers of which a rounded copy is kept. Larger adapters have larger layers, whose casts a
+GPU does not notice, and the bytes would be missing elsewhere."""
 
 
 class Adapter:
@@ -34,7 +39,8 @@ class Adapter:
         network: whose pure function is applied.
         sites: the frozen layers, in the order of the models.
         values: (N,) every trained parameter, flat; an `nn.Parameter` for the optimizer.
-        gradients: (N,) where autograd accumulates; also `values.grad`.
+        gradients: (N,) where autograd accumulates; also `values.grad`. Empty after
+            `keep_no_gradients`.
         constants: (M,) those that are not trained, flat; no part of the optimizer's or the
             average's.
         groups: a piece of the flat buffer for each group of parameters, in order.
@@ -85,6 +91,8 @@ class Adapter:
         sizes = [sum(initial[site][word].size for site, word in group) for group in members]
         ends = np.cumsum([0, *sizes]).tolist()
         self.groups = [slice(start, end) for start, end in pairwise(ends)]
+        self._rounded: dict[str, dict[str, Tensor]] | None = None
+        self._copies: _Rounded | None = None
 
     def _laid_out(
         self,
@@ -105,15 +113,28 @@ class Adapter:
         return flat
 
     def adapted(self, site: Site, layer: nn.Module, x: Tensor, base_output: Tensor) -> Tensor:
-        """What one layer gives with the adapter on it."""
+        """What one layer gives with the adapter on it; `base_output` may be written over."""
         name = site.name
         if self.strength == 0 or name not in self.parameters:
             return base_output
         gate = part = None
         if self.dropout is not None:
             gate, part = self.dropout.gate(site), self.dropout.part(site)
-        call = Call(x, base_output, self.scales[name], self.strength, site, layer, gate, part)
+        rounded = None if self._rounded is None else self._rounded[name]
+        call = Call(
+            *(x, base_output, self.scales[name], self.strength, site, layer, gate, part),
+            rounded=rounded,
+            overwrite=True,
+        )
         return self.network.forward(self.parameters[name], call)
+
+    def traced(self, site: Site, layer: nn.Module) -> Change:
+        """What `adapted` does in training, for a compiler: at full strength, and with nothing
+        looked up by the site's name, so that layers that are alike share what is compiled."""
+        if site.name not in self.parameters:
+            return lambda x, base_output: base_output
+        pure, held, scale = self.network.pure, self.parameters[site.name], self.scales[site.name]
+        return lambda x, base_output: pure(held, Call(x, base_output, scale, 1.0, site, layer))
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -123,6 +144,34 @@ class Adapter:
             yield
         finally:
             self.strength = strength
+
+    @contextmanager
+    def rounded_to(self, dtype: torch.dtype) -> Iterator[None]:
+        """Within it, a pass forward and back in a dtype: all numbers are rounded to it at once.
+
+        The same numbers as when each layer rounds its own, with fewer operations, which is what a
+        small model's step takes its time for on a GPU. The values must not be moved within it.
+        """
+        small = len(self.values) <= _ROUNDED_NUMBERS and self.network.low_rank
+        if dtype == self.values.dtype or not small or not len(self.gradients):
+            yield
+            return
+        if self._copies is None or self._copies.dtype != dtype:
+            self._copies = _Rounded(self, dtype)
+        self._rounded = self._copies.of(self)
+        try:
+            yield
+        finally:
+            self._rounded = None
+
+    def keep_no_gradients(self) -> None:
+        """Give the gradients' buffer up: each leaf then has its own gradient, as autograd makes it,
+        for whoever takes it from there at once."""
+        self.gradients = self.gradients.new_zeros(0)
+        self.values.grad = None
+        for held in self.parameters.values():
+            for leaf in held.values():
+                leaf.grad = None
 
     @contextmanager
     def dropping(self, step: int, samples: Sequence[int]) -> Iterator[None]:
@@ -156,6 +205,30 @@ class Adapter:
             tensors = self.network.export(held, site, self.scales[site.name])
             exported[site.name] = {name: t.cpu() for name, t in tensors.items()}
         return exported
+
+
+class _Rounded:
+    """An adapter's numbers in another dtype, laid out in the same way."""
+
+    def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._values = torch.empty_like(adapter.values.data, dtype=dtype)
+        self._constants = torch.empty_like(adapter.constants, dtype=dtype)
+        self._views = {
+            site: {word: self._view(leaf) for word, leaf in held.items()}
+            for site, held in adapter.parameters.items()
+        }
+
+    def _view(self, leaf: Tensor) -> Tensor:
+        flat = self._values if leaf.requires_grad else self._constants
+        start = leaf.storage_offset()
+        return flat[start : start + leaf.numel()].view(leaf.shape)
+
+    def of(self, adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+        """site name -> parameter name -> the numbers as they are now."""
+        self._values.copy_(adapter.values.data)
+        self._constants.copy_(adapter.constants)
+        return self._views
 
 
 def first_weights(
@@ -253,9 +326,15 @@ class Attachment:
 
     def _route(self, module: nn.Module, site: Site) -> None:
         base_forward = module.forward
+        held = [one for one in (self.under, self.adapter) if isinstance(one, Adapter)]
+        changes = [one.traced(site, module) for one in held]
 
         def adapted(x: Tensor) -> Tensor:
             output: Tensor = base_forward(x)
+            if torch.compiler.is_compiling():
+                for change in changes:
+                    output = change(x, output)
+                return output
             if self.under is not None:
                 output = self.under.adapted(site, module, x, output)
             adapter = self.adapter

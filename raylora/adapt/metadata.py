@@ -48,6 +48,8 @@ class AdapterFacts:
         session_id: any number that all checkpoints of one run share.
         base_name, base_hash, base_sha256: of the base's file; "" where it is a folder.
         vae_name: of a VAE that is not the base's.
+        base_precision: how the frozen linears were held, `memory.base`; "full" as mixed_precision
+            says.
         face_crop: "lowest,highest", as sd-scripts' option is written.
         timestep_range: lowest and one past the highest; None is all of them.
         family_words: what sd-scripts writes for this family alone, without "ss_".
@@ -105,6 +107,7 @@ class AdapterFacts:
     warmup_steps: float = 0
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    base_precision: str = "full"
     gradient_checkpointing: bool = False
     cached_latents: bool = True
     clip_skip: int | None = None
@@ -165,6 +168,7 @@ def adapter_metadata(facts: AdapterFacts) -> dict[str, str]:
         **spec,
         "raylora.version": facts.raylora_version,
         "raylora.job": facts.job_json,
+        "raylora.base_precision": facts.base_precision,
     }
 
 
@@ -190,7 +194,7 @@ def _run(facts: AdapterFacts) -> dict[str, Any]:
         "gradient_checkpointing": facts.gradient_checkpointing,
         "mixed_precision": facts.mixed_precision,
         "full_fp16": False,
-        "fp8_base": False,
+        "fp8_base": facts.base_precision == "fp8",
         "fp8_base_unet": False,
         "lowram": False,
         "learning_rate": facts.learning_rate,

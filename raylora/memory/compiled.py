@@ -1,7 +1,7 @@
 """Compiling the units of a model: one graph for all that are alike, and one more a bucket.
 
-Only passes that train are compiled. What people look at (previews, held-out losses, the file's first
-look) runs as it is, with whatever strength and adapter, and compiles nothing anew.
+Only passes that train are compiled. What people look at (previews, held-out losses, the file's
+first look) runs as it is, with whatever strength and adapter, and compiles nothing anew.
 """
 
 from __future__ import annotations

@@ -174,7 +174,5 @@ def training_seconds(
     """Seconds of one micro-batch in a setting, for comparing with a measured one."""
     held = hold(need.denoiser, precision, setting.streamed)
     step = step_of(need, held, setting.checkpointing, setting.micro_batch)
-    load = load_of(
-        precision, held, step, offload=setting.offload, recorded=recorded, rates=rates
-    )
+    load = load_of(precision, held, step, offload=setting.offload, recorded=recorded, rates=rates)
     return micro_batch_seconds(load, setting.micro_batch, card, rates)

@@ -56,6 +56,10 @@ class Call(NamedTuple):
         gate: dropout; None drops nothing.
         part: which ranks each row trains; None where all of them are used, as always but in the
             training of networks with a `unit`.
+        rounded: the parameters in x's dtype, where all of an adapter's were rounded at once. Then
+            the gradient of one that is trained may be added to its `grad` in place of handing it
+            back, which spares a GPU two operations each.
+        overwrite: base_output is nobody else's, so that it may be written over.
     """
 
     x: Tensor
@@ -66,6 +70,8 @@ class Call(NamedTuple):
     layer: nn.Module
     gate: Gate | None = None
     part: Part | None = None
+    rounded: Parameters | None = None
+    overwrite: bool = False
 
 
 class NetworkOptions(LayerOptions):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -216,40 +216,74 @@ def halves(parameters: Parameters) -> tuple[Tensor, Tensor]:
     return torch.cat([down, down - start_down]), torch.cat([up - start_up, start_up], dim=1)
 
 
+class _Halves(NamedTuple):
+    """Both halves of a layer as they are computed with, and what becomes of the results.
+
+    Attributes:
+        down_RI, up_OR: in the dtype that is computed in, or cast to it at each use.
+        scale: of their product.
+        overwrite: the base's output may be written over.
+        sums: the gradients' own tensors, (down, up), to which they are added; None hands them back
+            to autograd, which casts each and adds it in two operations more. Of a half that is not
+            trained there is none.
+    """
+
+    down_RI: Tensor
+    up_OR: Tensor
+    scale: float
+    overwrite: bool
+    sums: tuple[Tensor | None, Tensor | None] | None
+
+    def left(self, grad_down: Tensor | None, grad_up: Tensor) -> tuple[Tensor | None, ...]:
+        """What is handed back of the gradients, once they are added where that is wanted."""
+        if self.sums is None:
+            return grad_down, grad_up
+        for held, grad in zip(self.sums, (grad_down, grad_up), strict=True):
+            if held is not None and grad is not None:
+                held.add_(grad)
+        return None, None
+
+
 class _LowRank(torch.autograd.Function):
     """base + scale * x down^T up^T over tokens, keeping x and the rank-sized hidden for backward.
 
     Written out, because the usual wrapper keeps a copy of x in the adapter's dtype and the scaled
-    and unscaled outputs, and dispatches three times as many operations.
+    and unscaled outputs, and dispatches three times as many operations. `down` and `up` are what
+    the gradients are of; `halves` is what is computed with.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, down_RI: Tensor, up_OR: Tensor, base: Tensor, scale: float
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: Tensor, halves: _Halves
     ) -> Tensor:
-        x_NI, base_NO = x.flatten(0, -2), base.flatten(0, -2)
+        x_NI = x.flatten(0, -2)
         # Rank first, here and below: BLAS is two to four times slower where a result is R wide.
-        hidden_RN = down_RI.to(x.dtype) @ x_NI.T
+        hidden_RN = halves.down_RI.to(x.dtype) @ x_NI.T
         # A frozen down has no use for x, which is the larger by far.
-        ctx.save_for_backward(x if down_RI.requires_grad else None, down_RI, up_OR, hidden_RN)
-        ctx.scale, ctx.shape = scale, x.shape
-        adapted = torch.addmm(base_NO, hidden_RN.T, up_OR.to(x.dtype).T, alpha=scale)
+        ctx.save_for_backward(x if down.requires_grad else None, hidden_RN)
+        ctx.halves, ctx.shape = halves, x.shape
+        up_RO = halves.up_OR.to(x.dtype).T
+        if halves.overwrite and base.is_contiguous():
+            # Autograd need not know: nothing keeps what a frozen layer gave.
+            adapted = base.data
+            adapted_NO = adapted.flatten(0, -2)
+            torch.addmm(adapted_NO, hidden_RN.T, up_RO, alpha=halves.scale, out=adapted_NO)
+            return adapted
+        adapted = torch.addmm(base.flatten(0, -2), hidden_RN.T, up_RO, alpha=halves.scale)
         return adapted.view(base.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, down_RI, up_OR, hidden_RN = ctx.saved_tensors
-        grad_NO = grad.flatten(0, -2)
-        grad_hidden_RN = up_OR.to(grad.dtype).T @ grad_NO.T
-        grad_up_RO = hidden_RN @ grad_NO
-        if ctx.scale != 1.0:
-            grad_hidden_RN *= ctx.scale
-            grad_up_RO *= ctx.scale
+        x, hidden_RN = ctx.saved_tensors
+        halves: _Halves = ctx.halves
+        grad_NO, up_RO = grad.flatten(0, -2), halves.up_OR.to(grad.dtype).T
+        grad_hidden_RN = _product(up_RO, grad_NO.T, halves.scale, like=hidden_RN)
+        grad_up_RO = _product(hidden_RN, grad_NO, halves.scale, like=up_RO)
         grad_down = None if x is None else grad_hidden_RN @ x.flatten(0, -2)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_hidden_RN.T @ down_RI.to(grad.dtype)).view(ctx.shape)
-        return grad_x, grad_down, grad_up_RO.T, grad, None
+            grad_x = (grad_hidden_RN.T @ halves.down_RI.to(grad.dtype)).view(ctx.shape)
+        return grad_x, *halves.left(grad_down, grad_up_RO.T), grad, None
 
 
 class _LowRankConv(torch.autograd.Function):
@@ -257,29 +291,44 @@ class _LowRankConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, down_RI: Tensor, up_OR: Tensor, base: Tensor, scale: float
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, base: Tensor, halves: _Halves
     ) -> Tensor:
-        hidden_BRP = down_RI.to(x.dtype) @ x.flatten(2)
-        ctx.save_for_backward(x if down_RI.requires_grad else None, down_RI, up_OR, hidden_BRP)
-        ctx.scale, ctx.shape = scale, x.shape
-        up_BOR = up_OR.to(x.dtype).expand(len(x), -1, -1)
-        adapted = torch.baddbmm(base.flatten(2), up_BOR, hidden_BRP, alpha=scale)
+        hidden_BRP = halves.down_RI.to(x.dtype) @ x.flatten(2)
+        ctx.save_for_backward(x if down.requires_grad else None, hidden_BRP)
+        ctx.halves, ctx.shape = halves, x.shape
+        up_BOR = halves.up_OR.to(x.dtype).expand(len(x), -1, -1)
+        if halves.overwrite and base.is_contiguous():
+            adapted = base.data
+            adapted_BOP = adapted.flatten(2)
+            torch.baddbmm(adapted_BOP, up_BOR, hidden_BRP, alpha=halves.scale, out=adapted_BOP)
+            return adapted
+        adapted = torch.baddbmm(base.flatten(2), up_BOR, hidden_BRP, alpha=halves.scale)
         return adapted.view(base.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, down_RI, up_OR, hidden_BRP = ctx.saved_tensors
+        x, hidden_BRP = ctx.saved_tensors
+        halves: _Halves = ctx.halves
         grad_BOP = grad.flatten(2)
-        grad_hidden_BRP = up_OR.to(grad.dtype).T @ grad_BOP
+        grad_hidden_BRP = halves.up_OR.to(grad.dtype).T @ grad_BOP
         grad_up_RO = (hidden_BRP @ grad_BOP.mT).sum(0)
-        if ctx.scale != 1.0:
-            grad_hidden_BRP *= ctx.scale
-            grad_up_RO *= ctx.scale
+        if halves.scale != 1.0:
+            grad_hidden_BRP *= halves.scale
+            grad_up_RO *= halves.scale
         grad_down = None if x is None else (grad_hidden_BRP @ x.flatten(2).mT).sum(0)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (down_RI.to(grad.dtype).T @ grad_hidden_BRP).view(ctx.shape)
-        return grad_x, grad_down, grad_up_RO.T, grad, None
+            grad_x = (halves.down_RI.to(grad.dtype).T @ grad_hidden_BRP).view(ctx.shape)
+        return grad_x, *halves.left(grad_down, grad_up_RO.T), grad, None
+
+
+def _product(a: Tensor, b: Tensor, scale: float, *, like: Tensor) -> Tensor:
+    """scale * a b, rounded twice where the scale is no power of two; `like` has its shape."""
+    if scale == 1.0:
+        return a @ b
+    if math.frexp(scale)[0] == 0.5:  # scaling by it rounds nothing, so the product may do it
+        return torch.addmm(like, a, b, beta=0, alpha=scale)
+    return (a @ b).mul_(scale)
 
 
 def forward(parameters: Parameters, call: Call) -> Tensor:
@@ -287,9 +336,14 @@ def forward(parameters: Parameters, call: Call) -> Tensor:
     if call.gate is not None or parameters["down"].dim() != 2:
         return pure(parameters, call)
     down, up = halves(parameters)
+    used, sums = (down, up), None
+    if call.rounded is not None and "start_down" not in parameters:
+        used = (call.rounded["down"], call.rounded["up"])
+        sums = (down.grad, up.grad)
+    scale = float(call.scale * call.strength)
     low_rank = _LowRankConv if call.site.kind == "conv" else _LowRank
     adapted: Tensor = low_rank.apply(  # type: ignore[no-untyped-call]
-        call.x, down, up, call.base_output, call.scale * call.strength
+        call.x, down, up, call.base_output, _Halves(*used, scale, call.overwrite, sums)
     )
     return adapted
 

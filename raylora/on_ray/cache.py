@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 
-from raylora.assemble import Datasets, image_batch, load_datasets, pick_device
-from raylora.base.encoder import Encoder
+from raylora.assemble import Datasets, load_datasets, pick_device
 from raylora.base.log import get_logger, start_logging
 from raylora.check import Checked
-from raylora.data.dataset import run_item
 from raylora.data.plan import PlanFacts, WorkItem
+from raylora.encoding import Encoding
 from raylora.job import Job, job_from
 from raylora.models import open_family
 from raylora.on_ray.resources import stand_in
@@ -30,25 +28,22 @@ log = get_logger("cache")
 
 
 class _Encode:
-    """An actor that holds the encoders and does work items."""
+    """An actor that does work items, one encoder on its device at a time."""
 
     def __init__(self) -> None:
         start_logging()
-        self._loaded: tuple[Job, torch.device, Encoder] | None = None
+        self._encoding: Encoding | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         work: _Work = pickle.loads(row["work"])
-        self._loaded = self._loaded or self._load(work)
-        job, device, encoder = self._loaded
-        batch = image_batch(job, work.item, device)
-        report = run_item(work.facts, work.item, encoder, image_batch=batch)
+        self._encoding = self._encoding or self._begin(work)
+        report = self._encoding.run(work.facts, work.item)
         return {"encoded": report.encoded, "bad": len(report.bad), "seconds": report.seconds}
 
-    def _load(self, work: _Work) -> tuple[Job, torch.device, Encoder]:
+    def _begin(self, work: _Work) -> Encoding:
         stand_in(work.folder)
         job = job_from(work.job)
-        device = pick_device(job)
-        return job, device, open_family(job).load_encoder(device=device)
+        return Encoding(job, open_family(job), pick_device(job))
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,8 @@ def prepare_on_ray(checked: Checked) -> Datasets:
     work = [
         _Work(plan.facts, item, job, os.getcwd()) for plan in checked.plans for item in plan.items
     ]
+    # An actor changes its model as seldom as it can.
+    work.sort(key=lambda one: one.item.kind)
     if work:
         _run(checked.job, work)
     return load_datasets(checked.plans)

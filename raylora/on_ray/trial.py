@@ -32,6 +32,7 @@ from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
 from raylora.training.loop import run_training
 from raylora.training.reduce import Alone
 from raylora.training.report import Row
+from raylora.training.run_folder import read_precision
 from raylora.training.state import restore_adapter, restore_optimizer
 
 
@@ -115,7 +116,15 @@ def _train(trial: Trial, datasets: Datasets) -> None:
         return
     teller = _Teller(trial_steps(job, datasets))
     run = make_run(
-        job, open_family(job), datasets, storage, Alone(), pick_device(job), [teller], prove=False
+        job,
+        open_family(job),
+        datasets,
+        storage,
+        Alone(),
+        pick_device(job),
+        [teller],
+        prove=False,
+        share_host=True,
     )
     try:
         run_training(run)
@@ -132,7 +141,9 @@ def _shown_at(trial: Trial, step: int) -> Trained:
     state = read_checkpoint(trial.storage, step)
     shown = "ema" if "ema" in state.tensors else "values"
     restore_adapter(models.adapter, state, values=shown)
-    optimizer = adapter_optimizer(job, models)
+    precision = read_precision(trial.storage)
+    assert precision is not None, "it was kept before the first step"
+    optimizer = adapter_optimizer(job, models, states=precision.states)
     restore_optimizer(optimizer, state)
     with shown_values(optimizer):
         return trained(models.adapter)

@@ -31,6 +31,7 @@ class Kind:
         never_zero: it divides by what a rate of 0 leaves at 0.
         schedule_free: what is trained and what people get differ; see `state.shown_values`.
         paged: its state moves between the GPU's and the host's memory.
+        state_bytes: of its state for each trained number, as the job's defaults have it.
         always: arguments that are always given; a job's own replace them.
     """
 
@@ -46,7 +47,20 @@ class Kind:
     never_zero: bool = False
     schedule_free: bool = False
     paged: bool = False
+    state_bytes: float = 8.0
     always: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def moves_alone(self) -> bool:
+        """Whether a parameter's step depends on nothing but itself, its gradient and its states, so
+        that parameters may move one after another. Of other packages' classes it is not known."""
+        if self.estimates_rate or self.schedule_free:
+            return False
+        return self in KINDS.values() or self.target.startswith("torch.optim")
+
+
+_8BIT = 1 + 4 / 256
+"""Bytes of a state in 8 bits: bitsandbytes keeps a float32 scale for each block of 256."""
 
 
 def _bnb(name: str, **ways: Any) -> Kind:
@@ -55,6 +69,7 @@ def _bnb(name: str, **ways: Any) -> Kind:
 
 
 def _dadapt(name: str, *spellings: str, module: str = "dadaptation", **ways: Any) -> Kind:
+    ways = {"state_bytes": 12.0, **ways}
     return Kind(
         f"{module}:{name}", "optimizers", spellings or (name,), 1.0, estimates_rate=True, **ways
     )
@@ -66,23 +81,28 @@ _LION: dict[str, Any] = {"rate": 3e-5, "eps": False}
 KINDS: dict[str, Kind] = {
     # fused: one pass over the buffer, on a CPU a tenth of the time for a large adapter
     "adamw": Kind("torch.optim:AdamW", spellings=("AdamW",), always={"fused": True}),
-    "adamw8bit": _bnb("AdamW8bit"),
+    "adamw8bit": _bnb("AdamW8bit", state_bytes=2 * _8BIT),
     "paged_adamw": _bnb("PagedAdamW"),
-    "paged_adamw8bit": _bnb("PagedAdamW8bit"),
+    "paged_adamw8bit": _bnb("PagedAdamW8bit", state_bytes=2 * _8BIT),
     "paged_adamw32bit": _bnb("PagedAdamW32bit"),
-    "ademamix8bit": _bnb("AdEMAMix8bit", betas=3),
-    "paged_ademamix8bit": _bnb("PagedAdEMAMix8bit", betas=3),
-    "lion": Kind("lion_pytorch:Lion", "optimizers", ("Lion",), **_LION),
-    "lion8bit": _bnb("Lion8bit", **_LION),
-    "paged_lion8bit": _bnb("PagedLion8bit", **_LION),
+    "ademamix8bit": _bnb("AdEMAMix8bit", betas=3, state_bytes=3 * _8BIT),
+    "paged_ademamix8bit": _bnb("PagedAdEMAMix8bit", betas=3, state_bytes=3 * _8BIT),
+    "lion": Kind("lion_pytorch:Lion", "optimizers", ("Lion",), state_bytes=4.0, **_LION),
+    "lion8bit": _bnb("Lion8bit", state_bytes=_8BIT, **_LION),
+    "paged_lion8bit": _bnb("PagedLion8bit", state_bytes=_8BIT, **_LION),
     "adafactor": Kind(
         "transformers.optimization:Adafactor",
         spellings=("AdaFactor",),
         betas=0,
         eps=False,
         shapes=True,
+        state_bytes=0.26,  # a row's and a column's mean: 4 / rank and 4 / width, here of 16, 1024
     ),
-    "prodigy": Kind("prodigyopt:Prodigy", "optimizers", ("Prodigy",), 1.0, estimates_rate=True),
+    "prodigy": Kind(
+        *("prodigyopt:Prodigy", "optimizers", ("Prodigy",), 1.0),
+        estimates_rate=True,
+        state_bytes=16.0,
+    ),
     "dadaptation": _dadapt(
         "DAdaptAdamPreprint",
         "DAdaptation",
@@ -91,9 +111,11 @@ KINDS: dict[str, Kind] = {
     ),
     "d_adapt_adagrad": _dadapt("DAdaptAdaGrad", betas=0),
     "d_adapt_adam": _dadapt("DAdaptAdam"),
-    "d_adapt_adan": _dadapt("DAdaptAdan", betas=3),
-    "d_adapt_adan_ip": _dadapt("DAdaptAdanIP", module="dadaptation.experimental", betas=3),
-    "d_adapt_lion": _dadapt("DAdaptLion", eps=False),
+    "d_adapt_adan": _dadapt("DAdaptAdan", betas=3, state_bytes=20.0),
+    "d_adapt_adan_ip": _dadapt(
+        "DAdaptAdanIP", module="dadaptation.experimental", betas=3, state_bytes=20.0
+    ),
+    "d_adapt_lion": _dadapt("DAdaptLion", eps=False, state_bytes=8.0),
     "d_adapt_sgd": _dadapt("DAdaptSGD", betas=0, eps=False, never_zero=True),
     "sgd_nesterov": Kind(
         "torch.optim:SGD",
@@ -101,6 +123,7 @@ KINDS: dict[str, Kind] = {
         rate=1e-3,
         betas=0,
         eps=False,
+        state_bytes=4.0,
         always={"nesterov": True, "momentum": 0.9},
     ),
     "sgd_nesterov8bit": Kind(
@@ -110,6 +133,7 @@ KINDS: dict[str, Kind] = {
         1e-3,
         betas=0,
         eps=False,
+        state_bytes=_8BIT,
         always={"nesterov": True, "momentum": 0.9},
     ),
     "adamw_schedule_free": Kind(
@@ -123,6 +147,7 @@ KINDS: dict[str, Kind] = {
         betas=0,
         eps=False,
         schedule_free=True,
+        state_bytes=4.0,
     ),
     "radam_schedule_free": Kind(
         "schedulefree:RAdamScheduleFree", "optimizers", ("RAdamScheduleFree",), schedule_free=True

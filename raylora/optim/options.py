@@ -293,22 +293,30 @@ def _argument_of_none(options: OptimizerOptions) -> str | None:
     return None
 
 
+ADAFACTOR_FLAGS = {"relative_step", "scale_parameter", "warmup_init"}
+"""Every version of its class has them, and importing it to ask takes seconds."""
+
+
 def _args_problem(options: OptimizerOptions) -> str | None:
     """Names against the class's signature; a package that is missing here is told later."""
     if not options.args:
         return None
-    kind = options.kind
+    relative = options.args.get("relative_step")
+    if relative is False and options.args.get("warmup_init") is True:
+        return (
+            "optimizer.args.warmup_init is for the relative form, and relative_step is false. "
+            "Leave out one of them; schedule.warmup_steps warms up the fixed form."
+        )
+    kind, given = options.kind, options.args.items()
+    if kind is KINDS["adafactor"] and all(
+        word in ADAFACTOR_FLAGS and isinstance(value, bool) for word, value in given
+    ):
+        return None
     try:
         cls = load_optimizer(kind)
     except OptionError:
         return None
     problem = argument_problem(cls, options.args, taken_words(options), "optimizer.args")
-    relative = options.args.get("relative_step")
-    if problem is None and relative is False and options.args.get("warmup_init"):
-        return (
-            "optimizer.args.warmup_init is for the relative form, and relative_step is false. "
-            "Leave out one of them; schedule.warmup_steps warms up the fixed form."
-        )
     if problem is None and "momentum" in arguments_of(cls) and "nesterov" in kind.always:
         momentum = options.args.get("momentum", 0.9)
         if not momentum:

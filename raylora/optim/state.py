@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raylora.base.errors import TrainingError
+from raylora.optim.host_states import moved
 
 _FROM_THE_JOB = {"params", "lr", "initial_lr", "betas", "eps", "weight_decay", "name"}
 """Entries of a group that the job gives; a job that goes on with others is to get them."""
@@ -50,7 +51,7 @@ def flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[s
     attributes = {
         key: packer.pack(value, f"attribute.{key}")
         for key, value in vars(optimizer).items()
-        if _is_memory(key, value)
+        if is_memory(key, value)
     }
     return packer.tensors, {"class": packer.owner, "groups": groups, "attributes": attributes}
 
@@ -94,6 +95,12 @@ def restore(
         setattr(optimizer, key, unpacker.unpack(packed, torch.device("cpu")))
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What the optimizer remembers of its parameters, as far as it is tensors."""
+    states = optimizer.state.values()
+    return [held for state in states for held in state.values() if isinstance(held, Tensor)]
+
+
 @contextmanager
 def shown_values(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within it, the parameters of a schedule-free optimizer hold its average, as people get it.
@@ -105,7 +112,7 @@ def shown_values(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if not callable(train) or not callable(evaluate):
         yield
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = moved(optimizer)
     before = [parameter.detach().clone() for parameter in parameters]
     evaluate()
     try:
@@ -121,7 +128,7 @@ def _class_name(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def _is_memory(key: str, value: object) -> bool:
+def is_memory(key: str, value: object) -> bool:
     """Whether an attribute of the optimizer's own may change from step to step."""
     if key.startswith("_") or key in ("defaults", "state", "param_groups"):
         return False

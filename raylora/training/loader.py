@@ -82,3 +82,9 @@ def micro_batches(
                 for name in part[0][1]
             }
             yield [sample for sample, _ in part], stacked
+
+
+def count_batches(samples: Sequence[SampleRef], size: int) -> int:
+    """How many `micro_batches` makes of them."""
+    groups = groupby(samples, key=lambda sample: sample.bucket)
+    return sum(-(-len(list(group)) // size) for _, group in groups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,9 +15,11 @@ import torch
 from raylora.base.errors import TrainingError
 from raylora.base.log import get_logger
 from raylora.base.storage import Storage
-from raylora.training.checkpoint import changed, read_newest
+from raylora.training.checkpoint import State, changed, read_newest
 from raylora.training.course import Course, is_due
+from raylora.training.host_watch import HostWatch
 from raylora.training.judge import Judge
+from raylora.training.memory import DeviceMemory
 from raylora.training.parts import Parts
 from raylora.training.report import Reporter
 from raylora.training.sample import Previews
@@ -25,10 +27,12 @@ from raylora.training.save import Saver
 from raylora.training.shares import split
 from raylora.training.state import copy_state_from_first, restore_state
 from raylora.training.step import StepResult, train_step
+from raylora.training.trial import Trial
 from raylora.training.validate import Validation
 
 log = get_logger("train")
 
+_LOOKS_AT_HOST_EVERY = 10
 MOST_SKIPPED = 10
 """Broken steps in a row that `training.on_nan: skip` passes over."""
 
@@ -42,6 +46,8 @@ class Run:
         content: fingerprints of what is trained on (`checkpoint.CONTENT`); a resume with other
             images or another base is refused.
         reporter, saver: worker 0's; None on the others.
+        memory: of this worker's device.
+        trial: finds this worker's setting before the first step; None where nothing was planned.
     """
 
     parts: Parts
@@ -52,6 +58,8 @@ class Run:
     previews: Previews | None
     reporter: Reporter | None
     saver: Saver | None
+    memory: DeviceMemory
+    trial: Trial | None = None
 
     def close(self) -> None:
         """End helper threads and processes, however the run ended."""
@@ -78,10 +86,18 @@ class Outcome:
 
 def run_training(run: Run) -> Outcome:
     """Train from the newest checkpoint, or from the start, to the end."""
+    with run.memory.limited():
+        return _train(run)
+
+
+def _train(run: Run) -> Outcome:
     parts, course, judge = run.parts, run.course, Judge(run.course)
     done, looked = _resume(run, judge)
+    if run.trial:
+        run.trial.settle(parts)
     parts.loader.last_step = course.total_steps
     stopped, skipped = False, 0
+    host = HostWatch()
     held_out: float | None = None
     with _stop_signal() as stop:
         if not looked:
@@ -98,6 +114,8 @@ def run_training(run: Run) -> Outcome:
                     "training.precision: fp32, under another `name`."
                 )
             stopped = result.stop and done < course.total_steps
+            if is_due(done, _LOOKS_AT_HOST_EVERY):
+                host.look(done, parts.fitting.tell)
             _keep_fleet(run, done, result)
             if not stopped:
                 held_out = _look(run, judge, done, before=held_out)
@@ -129,7 +147,7 @@ def _resume(run: Run, judge: Judge) -> tuple[int, bool]:
                 f"{changed(word, state.step)} So it cannot go on as if it had not stopped. Undo "
                 "the change, or choose another `name`."
             )
-    restore_state(run.parts, state)
+    run.parts.fitting.again(partial(_take_up, run, state), "taking up the checkpoint")
     judge.restore(state.facts["judge"])
     weights = state.facts["shares"]
     if not run.parts.shares.pinned and len(weights) == run.parts.group.size:
@@ -137,6 +155,14 @@ def _resume(run: Run, judge: Judge) -> tuple[int, bool]:
     if run.reporter:
         run.reporter.event("resumed", step=done)
     return done, bool(state.facts["looked"])
+
+
+def _take_up(run: Run, state: State) -> None:
+    """Put a checkpoint's state where it belongs, and count what came."""
+    budget, fitting = run.memory.budget, run.parts.fitting
+    with budget.passed_over() if budget else nullcontext():
+        restore_state(run.parts, state)
+    fitting.apply(fitting.setting)
 
 
 def _record(run: Run, step: int, result: StepResult) -> None:
@@ -217,7 +243,7 @@ def _save(run: Run, judge: Judge, done: int, *, looked: bool) -> None:
         if run.reporter:
             # Rows first: a checkpoint that exists has its metrics beside it, and none is NaN.
             run.reporter.flush()
-        if not bool(torch.isfinite(run.parts.adapter.values).all()):
+        if not run.parts.fitting.again(partial(_is_finite, run.parts), "saving"):
             raise TrainingError(
                 f"the adapter holds NaN or infinity after step {done}, so this checkpoint is not "
                 "saved. Lower optimizer.learning_rate, and start under another `name`; the newest "
@@ -234,6 +260,10 @@ def _save(run: Run, judge: Judge, done: int, *, looked: bool) -> None:
             proof = run.saver.save(run.parts, done, facts)
             proven = {"proof_error": float(f"{proof.worst_error:.2e}")} if proof else {}
             run.reporter.event("saved", step=done, **proven)
+
+
+def _is_finite(parts: Parts) -> bool:
+    return bool(torch.isfinite(parts.adapter.values).all())
 
 
 def _tell_end(run: Run, judge: Judge, done: int, *, stopped: bool) -> None:

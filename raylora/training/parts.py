@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from raylora.adapt.attach import Adapter, Attachment
 from raylora.adapt.norm_cap import NormCap
-from raylora.base.log import get_logger
 from raylora.diffusion.losses import SampleLoss
 from raylora.diffusion.noise import NoiseSource
 from raylora.diffusion.process import AnyProcess
@@ -20,13 +19,14 @@ from raylora.families import Models
 from raylora.optim.groups import Group as ParameterGroup
 from raylora.optim.state import shown_values
 from raylora.training.ema import Ema
+from raylora.training.fitting import Fitting
+from raylora.training.fused import Fused
+from raylora.training.graphs import Graphs
 from raylora.training.loader import Loader
 from raylora.training.loss_scale import LossScale
 from raylora.training.reduce import Group
 from raylora.training.shares import Shares
 from raylora.training.sums import Sums
-
-log = get_logger("train")
 
 Predict = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 ReadText = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -89,12 +89,14 @@ class Parts:
         mover: optimizer and rates.
         loader: the samples of each step, and their cached tensors.
         sums: how gradients and losses are added up.
-        micro_batch: images at once; out of memory halves it.
+        fitting: what is done to fit the device, and the way down where that is not enough.
         dtype: of activations; losses and the adapter are in `adapter.values.dtype`.
         timesteps: which are drawn for a sample.
         skip_broken: a step whose gradient is not finite moves nothing, and the run goes on.
+        fused: `sums` where the adapter is moved within the backward pass; None elsewhere.
         under: a frozen adapter beneath the trained one, on while training and measuring and off
             for people (`family.training_adapter`); None is none.
+        graphs: what computes a micro-batch, recorded where that is possible.
     """
 
     denoiser: nn.Module
@@ -113,13 +115,20 @@ class Parts:
     group: Group
     shares: Shares
     sums: Sums
-    micro_batch: int
+    fitting: Fitting
     seed: int
     timesteps: TimestepSource
     dtype: torch.dtype
     device: torch.device
     skip_broken: bool = False
     under: Adapter | None = None
+    graphs: Graphs = field(default_factory=Graphs)
+    fused: Fused | None = None
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that go through the denoiser together, at most."""
+        return self.fitting.setting.micro_batch
 
     @property
     def asks_if_broken(self) -> bool:
@@ -129,10 +138,13 @@ class Parts:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Within it, the adapter holds what people get: its average, where one is kept."""
+        again, where = self.fitting.again, "showing the average"
         with ExitStack() as stack:
-            stack.enter_context(shown_values(self.mover.optimizer))
+            optimizer = self.mover.optimizer
+            again(lambda: stack.enter_context(shown_values(optimizer)), where)
             if self.ema:
-                stack.enter_context(self.ema.shown())
+                shown = self.ema.shown
+                again(lambda: stack.enter_context(shown()), where)
             yield
 
     @contextmanager
@@ -140,10 +152,3 @@ class Parts:
         """Within it, the models are those that people draw with: nothing is under the adapter."""
         with self.under.off() if self.under else nullcontext():
             yield
-
-    def halve_micro_batch(self, where: str) -> None:
-        """After running out of memory; not within `except`, whose traceback holds tensors."""
-        self.micro_batch = max(1, self.micro_batch // 2)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        log.warning("out of memory at %s: again with micro-batch %d", where, self.micro_batch)

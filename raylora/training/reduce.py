@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,15 @@ class Group(Protocol):
 
     def barrier(self) -> None:
         """Wait for everybody."""
+
+
+def gather_plain(group: Group, value: Any) -> list[Any]:
+    """Every worker's value, by rank; plain data, as JSON holds it, of any length."""
+    text = json.dumps(value).encode()
+    longest = int(max(row[0] for row in group.gather([float(len(text))])))
+    padded = text.ljust(longest)
+    rows = group.gather([float(byte) for byte in padded])
+    return [json.loads(bytes(int(byte) for byte in row)) for row in rows]
 
 
 class Alone:

@@ -9,15 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from raylora.base.errors import TrainingError
 from raylora.base.log import get_logger
 from raylora.base.segments import SegmentWriter, read_segments
 from raylora.base.storage import Storage
 from raylora.base.units import duration, gib
 from raylora.training.checkpoint import checkpoint_steps
-from raylora.training.memory import memory_numbers
+from raylora.training.memory import DeviceMemory
 from raylora.training.step import StepResult
 from raylora.training.trackers import Tracker, progress_scalars, step_scalars
 
@@ -37,12 +35,24 @@ class _Pending:
     keys: Callable[[], list[str]]
 
 
+def worker_teller(storage: Storage, *, attempt: int, rank: int) -> Callable[..., None]:
+    """Keeps events, as (kind, **facts), of a worker that has no reporter, beside worker 0's."""
+    folder = f"events/worker-{rank}"
+    writer = SegmentWriter(storage, folder, attempt=attempt, every_seconds=0.0)
+
+    def tell(kind: str, **facts: Any) -> None:
+        writer.add({"event": kind, "time": time.time(), "worker": rank, **facts})
+
+    return tell
+
+
 class Reporter:
     """Writes what happens; only worker 0 has one.
 
     Numbers stay on the device until a progress row is due, so that the step waits for nothing.
 
     Args:
+        memory: of this worker's device.
         sinks: told progress rows, measurements and events.
         trackers: told the numbers of every step.
     """
@@ -54,7 +64,7 @@ class Reporter:
         attempt: int,
         total_steps: int,
         every_steps: int,
-        device: torch.device,
+        memory: DeviceMemory,
         sinks: Sequence[Sink] = (),
         trackers: Sequence[Tracker] = (),
     ) -> None:
@@ -66,7 +76,7 @@ class Reporter:
         self._metrics = SegmentWriter(storage, "metrics", attempt=attempt)
         self._events = SegmentWriter(storage, "events", attempt=attempt, every_seconds=0.0)
         self._pending: list[_Pending] = []
-        self._device = device
+        self._memory = memory
         self._epoch = _Epoch(1)
         self._images = 0
         self._since = time.monotonic()
@@ -195,7 +205,7 @@ class Reporter:
             "learning_rate": _shown_rate(rows[-1]["rates"]),
             "images_per_second": self._images / seconds,
             "eta_seconds": (self.total_steps - done) * seconds / len(rows),
-            **memory_numbers(self._device),
+            **self._memory.numbers(),
             "wait_seconds": sum(r["wait_seconds"] for r in rows),
         }
         for sink in self.sinks:

@@ -1,4 +1,4 @@
-"""A run's folder: who owns it, which attempt this is, whether it is finished."""
+"""A run's folder: who owns it, its precision, which attempt this is, whether it is finished."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from typing import Any
 
 import yaml
 
-from raylora.base.errors import JobError, TrainingError
+from raylora.base.errors import JobError, MissingObject, TrainingError
 from raylora.base.numbered import NumberedWriter, list_numbered
 from raylora.base.storage import Storage
+from raylora.memory.setting import Precision
 from raylora.training.checkpoint import changed, read_newest
 
 FREE = (
     *("store", "fleet", "memory", "log", "preview"),
     *("data.cache", "data.local_cache_gib", "data.max_bad"),
 )
-"""Sections and options that may change between two attempts: they never change what is trained."""
+"""Sections and options that may change between two attempts: they never change what is trained, but
+for memory.base and memory.states, of which a run keeps what it began with (`keep_precision`)."""
 PLACES = frozenset(
     {
         *("family.weights", "validation.folder"),
@@ -32,6 +34,7 @@ PLACES = frozenset(
 """Where things lie, without the numbers of sets. They may move when a person says so; what lies
 there is compared by content."""
 _ATTEMPTS = "attempts"
+_PRECISION_KEY = "precision.json"
 
 
 def claim_run(
@@ -57,6 +60,7 @@ def claim_run(
         for path, old, new in _differences(held, dict(job))
         if not _is_free(path, old, new)
     ]
+    differing += _other_precision(read_precision(storage), job)
     moves = [difference for difference in differing if _is_place(difference[0])]
     longer = bool(differing) and all(_is_longer(*difference) for difference in differing)
     if not differing or (moved and moves == differing):
@@ -80,6 +84,31 @@ def claim_run(
     raise JobError(
         f"name: the run {name!r} in {storage.url} is another job: {shown}{more}. {advice}"
     )
+
+
+def read_precision(storage: Storage) -> Precision | None:
+    """What the run began with; None where it has not begun."""
+    try:
+        return Precision.from_plain(json.loads(storage.read(_PRECISION_KEY)))
+    except MissingObject:
+        return None
+
+
+def keep_precision(storage: Storage, precision: Precision) -> None:
+    """Write what the run begins with, for every later attempt on any fleet.
+
+    Raises:
+        TrainingError: another attempt began meanwhile, with another one.
+    """
+    text = json.dumps(precision.plain(), sort_keys=True)
+    if storage.create(_PRECISION_KEY, text.encode()):
+        return
+    held = read_precision(storage)
+    if held != precision:
+        raise TrainingError(
+            f"this run in {storage.url} was begun with {held}, and this attempt with {precision}. "
+            "Start it again: it then takes the first."
+        )
 
 
 def settle_move(storage: Storage, job: Mapping[str, Any], content: Mapping[str, str]) -> None:
@@ -141,6 +170,18 @@ def _is_free(path: str, old: Any, new: Any) -> bool:
     if path == "data.cache" and "none" in (old, new):
         return False  # what is not cached is drawn anew at each step
     return path in FREE or path.startswith(tuple(f"{word}." for word in FREE))
+
+
+def _other_precision(kept: Precision | None, job: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where the job asks for another precision than the run has; `auto` asks for none."""
+    if kept is None:
+        return []
+    asked = job["memory"]
+    return [
+        (f"memory.{word}", held, asked[word])
+        for word, held in (("base", kept.base), ("states", kept.states))
+        if asked.get(word, "auto") not in ("auto", held)
+    ]
 
 
 def _is_place(path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,12 +72,16 @@ class Saver:
             TrainingError: a later attempt has taken the run.
         """
         with parts.shown():
-            file = self.file(parts, step)
+            again = parts.fitting.again
+            file = again(lambda: self.file(parts, step), f"the file of step {step}")
             report = None
             if self._prover:
                 report = self._prover.prove(file, trained(parts.adapter), self._names)
             if self._adapter_of:
-                look = look_at(parts, file, self._adapter_of, file_dtype=self._dtype)
+                look = again(
+                    partial(look_at, parts, file, self._adapter_of, file_dtype=self._dtype),
+                    "the look at the first file",
+                )
                 self._adapter_of = None
                 if look:
                     log.info(

@@ -18,8 +18,9 @@ from raylora.data.steps import SampleRef
 from raylora.data.supply import PRESERVE, UNCAST, Tensors
 from raylora.diffusion.losses import WEIGHING
 from raylora.optim.groups import leave_out
-from raylora.training.loader import micro_batches
+from raylora.training.loader import count_batches, micro_batches
 from raylora.training.parts import Parts
+from raylora.training.undo import undone_without_memory
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ def train_step(parts: Parts, step: int, *, stop: bool = False) -> StepResult:
     began = time.perf_counter()
     samples, tensors, images = parts.loader.take(step)
     fetched = time.perf_counter()
+    rates = parts.mover.rates_now(step)
+    if parts.fused:
+        parts.fused.prepare(images, rates, text_stopped=parts.mover.stopped(step))
     while True:
         computing = time.perf_counter()
         accumulate(parts, step, samples, tensors)
@@ -63,12 +67,13 @@ def train_step(parts: Parts, step: int, *, stop: bool = False) -> StepResult:
         loss_sum, leaving = parts.sums.add_up(parts.group, stop=stop)
         gradients = parts.adapter.gradients.div_(images)
         gradient_norm = torch.linalg.vector_norm(gradients)
+        if parts.fused:
+            gradient_norm = parts.fused.gradient_norm()
         # Only where something hangs on it is the device asked.
         broken = parts.asks_if_broken and not bool(gradient_norm.isfinite())
         if not (broken and parts.loss_scale.overflowed()):
             break
 
-    rates = parts.mover.rates_now(step)
     skipped = broken and parts.skip_broken
     extra = {} if skipped else move(parts, step, gradient_norm, rates)
     return StepResult(
@@ -89,6 +94,20 @@ def move(
     parts: Parts, step: int, gradient_norm: Tensor, rates: Mapping[str, float]
 ) -> dict[str, Tensor | float]:
     """From the step's whole gradient to moved weights; the same on every worker."""
+    move_now = partial(_move, parts, step, gradient_norm, rates)
+    if not parts.fitting.limited:
+        return move_now()
+
+    def undone() -> dict[str, Tensor | float]:
+        with undone_without_memory(parts):
+            return move_now()
+
+    return parts.fitting.again(undone, f"the end of step {step + 1}")
+
+
+def _move(
+    parts: Parts, step: int, gradient_norm: Tensor, rates: Mapping[str, float]
+) -> dict[str, Tensor | float]:
     mover, gradients = parts.mover, parts.adapter.gradients
     if mover.max_grad_norm > 0:
         gradients.mul_((mover.max_grad_norm / (gradient_norm + 1e-6)).clamp(max=1.0))
@@ -100,7 +119,7 @@ def move(
             held["lr"] = rate
     if mover.stopped(step):
         leave_out(mover.optimizer, mover.groups, "text_encoder")
-    mover.optimizer.step()
+    (parts.fused.finish if parts.fused else mover.optimizer.step)()
     extra: dict[str, Tensor | float] = {**mover.estimates()}
     if mover.cap:
         extra |= mover.cap.apply()
@@ -113,43 +132,67 @@ def move(
 def accumulate(
     parts: Parts, step: int, samples: Sequence[SampleRef], tensors: Sequence[Tensors]
 ) -> None:
-    """Take this worker's losses and gradients; out of memory halves the micro-batch and replays.
+    """Take this worker's losses and gradients; out of memory begins again, with less at once.
 
     Everything drawn depends on (seed, step, sample) alone, so the replay is the same step.
     """
-    while True:
-        parts.sums.begin()
-        try:
-            for mates, batch in micro_batches(samples, tensors, parts.micro_batch):
-                _accumulate_batch(parts, step, [sample.number for sample in mates], batch)
-            return
-        except torch.OutOfMemoryError:
-            if parts.micro_batch == 1:
-                raise
-        parts.halve_micro_batch(f"step {step}")
+
+    def whole() -> None:
+        parts.sums.begin(count_batches(samples, parts.micro_batch))
+        for mates, batch in micro_batches(samples, tensors, parts.micro_batch):
+            accumulate_batch(parts, step, [sample.number for sample in mates], batch)
+
+    parts.fitting.again(whole, f"step {step + 1}")
 
 
-def _accumulate_batch(
-    parts: Parts, step: int, numbers: Sequence[int], batch: dict[str, Tensor]
+def accumulate_batch(
+    parts: Parts, step: int, numbers: Sequence[int], batch: Mapping[str, Tensor]
 ) -> None:
-    """One micro-batch; a function, since its losses hold all activations where memory runs out."""
-    scale = parts.loss_scale.factor
-    with parts.adapter.dropping(step, numbers):
-        losses = sample_losses(parts, batch, numbers, step)
+    """Take one micro-batch; a function, since its losses hold all activations."""
+    scale, learns = parts.loss_scale.factor, not parts.mover.stopped(step)
+    given = {**batch, **drawn(parts, batch["latents"], numbers, step)}
+
+    def compute(given: Mapping[str, Tensor]) -> Tensor:
+        losses = _losses_given(parts, given, text_learns=learns)
         (losses.sum() * scale).backward()
+        return losses.detach()
+
+    with parts.adapter.dropping(step, numbers), parts.adapter.rounded_to(parts.dtype):
+        losses = parts.graphs.compute((scale, learns), given, compute)
     parts.sums.take(losses, scale=scale)
 
 
 def sample_losses(
-    parts: Parts, batch: dict[str, Tensor], numbers: Sequence[int], step: int
+    parts: Parts, batch: Mapping[str, Tensor], numbers: Sequence[int], step: int
 ) -> Tensor:
     """The loss of each sample, (B,), with what is drawn for (step, sample)."""
-    latents = batch["latents"]
+    given = {**batch, **drawn(parts, batch["latents"], numbers, step)}
+    return _losses_given(parts, given, text_learns=not parts.mover.stopped(step))
+
+
+NOISE, NOISED_WITH, TIMESTEPS = DRAWN = ("noise", "noised_with", "timesteps")
+"""What is drawn for a micro-batch, beside what is fetched."""
+
+
+def drawn(parts: Parts, latents: Tensor, numbers: Sequence[int], step: int) -> dict[str, Tensor]:
+    """What belongs to (step, sample), by its names in `DRAWN`; on the CPU."""
     noise, noised_with = parts.noise.draw(latents, seed=parts.seed, step=step, samples=numbers)
     size = (latents.shape[2], latents.shape[3])
     timesteps = parts.timesteps.draw(size, seed=parts.seed, step=step, samples=numbers)
-    learns = not parts.mover.stopped(step)
-    return losses_at(parts, batch, noise, timesteps, noised_with=noised_with, text_learns=learns)
+    found = {NOISE: noise, TIMESTEPS: timesteps}
+    return found if noised_with is None else {**found, NOISED_WITH: noised_with}
+
+
+def _losses_given(parts: Parts, given: Mapping[str, Tensor], *, text_learns: bool) -> Tensor:
+    """Of a micro-batch with what is drawn for it."""
+    return losses_at(
+        parts,
+        given,
+        given[NOISE],
+        given[TIMESTEPS],
+        noised_with=given.get(NOISED_WITH),
+        text_learns=text_learns,
+    )
 
 
 def losses_at(
@@ -197,7 +240,7 @@ def predict_at(
 ) -> Tensor:
     """What the models say of noisy latents, (B, C, H, W), with the captions of a batch."""
     extras = {n: batch[n].to(parts.device, non_blocking=True) for n in UNCAST if n in batch}
-    others = {"latents", PRESERVE, *WEIGHING, *UNCAST}
+    others = {"latents", PRESERVE, *WEIGHING, *UNCAST, *DRAWN}
     captions = {name: tensor for name, tensor in batch.items() if name not in others}
     with torch.set_grad_enabled(torch.is_grad_enabled() and text_learns):
         conditions = parts.read_text(captions)

@@ -18,8 +18,15 @@ class Sums(Protocol):
     `begin`, then `take` after each micro-batch's backward, then `add_up` once, on every worker.
     """
 
-    def begin(self) -> None:
-        """Forget what was taken; the adapter's gradients are zero."""
+    held: tuple[Tensor, ...]
+    """What it keeps beside the adapter's gradients."""
+
+    def begin(self, batches: int = 1) -> None:
+        """Forget what was taken; the adapter's gradients are zero.
+
+        Args:
+            batches: how many are to be taken.
+        """
 
     def take(self, losses: Tensor, *, scale: float = 1.0) -> None:
         """Take (B,) losses, and what their backward left in the adapter's gradients.
@@ -39,8 +46,9 @@ class RoundedSums:
         self._gradients = adapter.gradients
         self._loss = self._gradients.new_zeros(())
         self._scale = 1.0
+        self.held: tuple[Tensor, ...] = (self._loss,)
 
-    def begin(self) -> None:
+    def begin(self, batches: int = 1) -> None:
         """Zero both."""
         self._gradients.zero_()
         self._loss.zero_()
@@ -86,8 +94,9 @@ class ExactSums:
         self._gradients = adapter.gradients
         count = len(self._gradients) + 3  # the loss, how many are broken, how many stop
         self._told = torch.zeros(count, dtype=torch.int64, device=self._gradients.device)
+        self.held: tuple[Tensor, ...] = (self._told,)
 
-    def begin(self) -> None:
+    def begin(self, batches: int = 1) -> None:
         """Zero both."""
         self._gradients.zero_()
         self._told.zero_()

@@ -81,18 +81,16 @@ class Validation:
     def _sums(
         self, parts: Parts, mine: Sequence[SampleRef], tensors: Sequence[Tensors]
     ) -> list[float]:
-        """Sum of this worker's losses at each timestep; out of memory halves the micro-batch."""
-        while True:
+        """Sum of this worker's losses at each timestep; out of memory begins again with less."""
+
+        def summed() -> list[float]:
             sums = [0.0] * len(self.timesteps)
-            try:
-                for mates, batch in micro_batches(mine, tensors, parts.micro_batch):
-                    for i, timestep in enumerate(self.timesteps):
-                        sums[i] += _loss_sum(parts, mates, batch, timestep)
-                return sums
-            except torch.OutOfMemoryError:
-                if parts.micro_batch == 1:
-                    raise
-            parts.halve_micro_batch("validation")
+            for mates, batch in micro_batches(mine, tensors, parts.micro_batch):
+                for i, timestep in enumerate(self.timesteps):
+                    sums[i] += _loss_sum(parts, mates, batch, timestep)
+            return sums
+
+        return parts.fitting.again(summed, "the held-out loss")
 
 
 def draw_measured(dataset: Dataset, count: int) -> list[Row]:

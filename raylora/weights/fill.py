@@ -46,7 +46,8 @@ def fill(
             setattr(layer, word, nn.Parameter(placed, requires_grad=held.requires_grad))
         else:
             setattr(layer, word, placed)
-    left = [name for name, held in model.named_buffers() if held.is_meta]
+    meta = device.type == "meta"
+    left = [name for name, held in model.named_buffers() if held.is_meta and not meta]
     assert not left, f"{type(model).__name__}: no file has {left}; make them before filling"
     return model
 

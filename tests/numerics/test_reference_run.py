@@ -25,6 +25,8 @@ from raylora.families.sd15 import Sd15, Sd15Options
 from raylora.networks.lora import LoraOptions, network
 from raylora.optim.groups import Group
 from raylora.optim.optimizers import OptimizerOptions, make_optimizer
+from raylora.memory.setting import Setting
+from raylora.training.fitting import Fitting
 from raylora.training.loss_scale import LossScale
 from raylora.training.parts import Mover, Parts
 from raylora.training.reduce import Alone
@@ -129,7 +131,7 @@ def parts_of(family: Sd15, dtype: torch.dtype, micro_batch: int = 2) -> Parts:
         group=Alone(),
         shares=Shares(1),
         sums=RoundedSums(adapter),
-        micro_batch=micro_batch,
+        fitting=Fitting(Setting(micro_batch=micro_batch)),
         seed=0,
         timesteps=make_timesteps(
             TimestepOptions().with_usual("uniform", None), family.process, SCHEDULER

@@ -9,9 +9,8 @@ import pytest
 import torch
 from small import ROOT, image_row, open_run, small_job
 
-from raylora.assemble import claim, image_batch, open_store, total_steps
+from raylora.assemble import claim, open_store, total_steps
 from raylora.base.errors import JobError
-from raylora.data.dataset import WorkItem
 from raylora.data.rows import Rows, rows_of
 from raylora.data.steps import StepPlan
 from raylora.job import Job
@@ -144,15 +143,6 @@ def test_a_name_is_claimed_before_anything_is_trained(tmp_path: Path):
     assert [entry.key for entry in storage.entries()] == ["job.yaml"]
     with pytest.raises(JobError, match=r"network\.rank was 8, is 2"):
         claim(job(tmp_path, network__rank=2), extend=False)
-
-
-@pytest.mark.parametrize(("asked", "batch"), [(None, 1), (5, 5)])
-def test_on_a_cpu_pictures_are_encoded_one_by_one_unless_asked(
-    tmp_path: Path, cache: str, asked: int | None, batch: int
-):
-    given = job(tmp_path, cache, memory__encode_batch=asked)
-    item = WorkItem("latents", bucket=(64, 64))
-    assert image_batch(given, item, torch.device("cpu")) == batch
 
 
 def test_the_course_follows_the_job(tmp_path: Path, cache: str):

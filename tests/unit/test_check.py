@@ -11,7 +11,13 @@ import torch
 from small import ROOT, small_job
 
 from raylora.base.errors import JobError
-from raylora.check import arithmetic, base_problems, check_job
+from raylora.check import (
+    arithmetic,
+    base_problems,
+    check_job,
+    memory_problems_here,
+    memory_warnings,
+)
 from raylora.diffusion.process import Flow
 from raylora.job import Job, job_from
 
@@ -314,3 +320,25 @@ def test_what_has_no_meaning_for_a_flow_model_is_told(
     assert base_problems(job(tmp_path, **fine), family) == []
     (found,) = base_problems(job(tmp_path, **given), family)
     assert found.startswith(start)
+
+
+def test_what_saves_nothing_on_a_cpu_is_warned_of(tmp_path: Path):
+    words = {"memory__streaming": 0.5, "memory__host_states": True}
+    (warning,) = memory_warnings(small_job(str(tmp_path), **words), torch.device("cpu"))
+    assert "memory.streaming and memory.host_states: on a CPU" in warning
+    assert not memory_warnings(small_job(str(tmp_path), **words), torch.device("cuda"))
+    limited = small_job(str(tmp_path), memory__budget_gib=2, **words)
+    assert not memory_warnings(limited, torch.device("cpu"))
+    assert not memory_warnings(small_job(str(tmp_path)), torch.device("cpu"))
+
+
+def test_what_a_machine_lacks_for_smaller_forms_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job = small_job(str(tmp_path), memory__base="nf4", memory__states="8bit")
+    assert memory_problems_here(job, torch.device("cpu")) == []
+    for module in ("raylora.memory.bases.nf4", "raylora.optim.optimizers"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None)
+    base, states = memory_problems_here(job, torch.device("cpu"))
+    assert "memory.base: nf4 needs the package bitsandbytes" in base
+    assert "adamw8bit" in states

@@ -77,7 +77,9 @@ def test_rates_follow_the_jobs_images_per_step_where_that_is_asked_for():
 
 def numbers_kept(*, checkpointing: bool) -> tuple[int, torch.Tensor]:
     """How many numbers reading a caption keeps for its gradients, and these."""
-    made = job(network__train="text_encoder", memory__checkpointing="all" if checkpointing else "none")
+    made = job(
+        network__train="text_encoder", memory__checkpointing="all" if checkpointing else "none"
+    )
     family = open_family(made)
     models = load_adapted(made, family, CPU)
     tokens = {name: torch.from_numpy(held) for name, held in family.tokens(["a cat"]).items()}

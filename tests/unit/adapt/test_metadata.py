@@ -13,7 +13,7 @@ from raylora.adapt.lora_file import adapter_bytes, read_adapter
 from raylora.adapt.metadata import AdapterFacts, adapter_metadata
 
 # What raylora says besides: ModelSpec recommends its hash, and the job is how a run is repeated.
-OURS = {"raylora.job", "raylora.version"}
+OURS = {"raylora.base_precision", "raylora.job", "raylora.version"}
 
 FACTS = AdapterFacts(
     raylora_version="0.1.0",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,6 +49,9 @@ class NumpyEncoder:
         digests = [hashlib.sha256(caption.encode()).digest() for caption in captions]
         text = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 4, 8).astype(np.float16)
         return {"text": text, "pooled": text.mean(axis=1, dtype=np.float32)}
+
+    def encode_batches(self, batches: Sequence[Sequence[str]]) -> Iterator[dict[str, NDArray[Any]]]:
+        return (self.encode_texts(captions) for captions in batches)
 
 
 class NoEncoder:

@@ -174,7 +174,8 @@ def test_encoding_takes_the_largest_of_what_comes_one_at_a_time() -> None:
 def test_a_text_encoder_that_does_not_fit_is_streamed_and_then_does() -> None:
     whole = encoding_of(flux_need(), int(24 * GIB))
     assert whole.streamed == ()
-    assert whole.peak / GIB == pytest.approx(4 * 4.7623e9 / GIB, abs=0.15)
+    captions = 16 * 90 / 1024  # the hand-made need's 90 MiB each, read together
+    assert whole.peak / GIB == pytest.approx(4 * 4.7623e9 / GIB + captions, abs=0.15)
     small = encoding_of(flux_need(), int(8 * GIB))
     assert small.streamed == ("text_encoder_2",)
     assert small.peak <= 8 * GIB

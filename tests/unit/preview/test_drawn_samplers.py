@@ -67,7 +67,9 @@ def test_a_samplers_picture_is_the_diffusers_pipelines(
             noises.extend([given["latents"], *(given["noise"](k) for k in range(1, 9))])
             return renderer.render(prompt, **given)
 
-    renderer = family.load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    renderer = family.load_renderer(
+        family.load_denoiser(dtype=torch.float32, device=CPU), dtype=torch.float32, device=CPU
+    )
     ours = draw_preview(Watched(), family, settings, process=family.process)
 
     def next_noise(*_: Any, **__: Any) -> torch.Tensor:
@@ -96,7 +98,9 @@ def test_a_samplers_picture_is_the_diffusers_pipelines(
 def test_each_kind_of_sampler_draws_a_picture_of_its_own(family: Sd15):
     names: list[Sampler] = ["ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a"]
     names += ["dpmsolver", "dpmsolver++", "dpmsingle"]
-    renderer = family.load_renderer(family.load_denoiser(dtype=torch.float32, device=CPU))
+    renderer = family.load_renderer(
+        family.load_denoiser(dtype=torch.float32, device=CPU), dtype=torch.float32, device=CPU
+    )
     options = PreviewOptions(
         prompts=tuple(f"ink icon, cat --d 3 --ss {name}" for name in names),
         width=64,

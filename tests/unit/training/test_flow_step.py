@@ -17,6 +17,8 @@ from raylora.diffusion.losses import LossOptions, make_loss
 from raylora.diffusion.noise import NoiseOptions, draw_noise, make_noise
 from raylora.diffusion.process import Flow
 from raylora.diffusion.timesteps import TimestepOptions, make_timesteps
+from raylora.memory.setting import Setting
+from raylora.training.fitting import Fitting
 from raylora.training.step import losses_at, sample_losses
 from raylora.training.validate import NOISE_SEED, Validation
 
@@ -49,6 +51,7 @@ def parts_of(watched: Watched, dtype: torch.dtype = torch.float32, **words: Any)
         dtype=dtype,
         group=SimpleNamespace(rank=0, size=1, gather=lambda row: [row]),
         loss=make_loss(LossOptions(), Flow()),
+        fitting=Fitting(Setting(micro_batch=2)),
         micro_batch=2,
         mover=SimpleNamespace(stopped=lambda step: False),
         noise=make_noise(NoiseOptions()),

@@ -15,7 +15,7 @@ from raylora.base.errors import TrainingError
 from raylora.base.segments import SegmentWriter, read_segments
 from raylora.base.storage import Storage, open_storage
 from raylora.training.checkpoint import State, write_checkpoint
-from raylora.training.memory import memory_numbers
+from raylora.training.memory import DeviceMemory
 from raylora.training.report import (
     Reporter,
     Row,
@@ -57,7 +57,7 @@ def report(
         attempt=attempt,
         total_steps=total,
         every_steps=every,
-        device=CPU,
+        memory=DeviceMemory(CPU),
         sinks=[rows.append],
         trackers=trackers,
     )
@@ -240,11 +240,11 @@ def test_the_log_says_each_kind_of_row(caplog: pytest.LogCaptureFixture, here: S
 
 
 def test_memory_is_that_of_this_process():
-    before = memory_numbers(CPU)
+    before = DeviceMemory(CPU).numbers()
     assert set(before) == {"memory_bytes", "peak_bytes"}
     assert 2**24 < before["memory_bytes"] <= before["peak_bytes"] < 2**40
     held = bytearray(b"x") * 2**27
-    assert memory_numbers(CPU)["memory_bytes"] - before["memory_bytes"] > 2**26
+    assert DeviceMemory(CPU).numbers()["memory_bytes"] - before["memory_bytes"] > 2**26
     del held
 
 

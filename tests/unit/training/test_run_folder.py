@@ -11,11 +11,14 @@ import yaml
 
 from raylora.base.errors import JobError, TrainingError
 from raylora.base.storage import Storage, open_storage
+from raylora.memory.setting import Precision
 from raylora.training.checkpoint import State, write_checkpoint
 from raylora.training.run_folder import (
     claim_attempt,
     claim_run,
     finished_steps,
+    keep_precision,
+    read_precision,
     settle_move,
     still_ours,
 )
@@ -182,3 +185,26 @@ def test_a_run_that_has_saved_nothing_may_move_anywhere(here: Storage):
     claim(here, JOB)
     settle_move(here, job(data=ELSEWHERE), {**CONTENT, "dataset": "d2"})
     assert held(here) == job(data=ELSEWHERE)
+
+
+def test_what_a_run_began_with_is_kept_and_first_come(storage: Storage):
+    assert read_precision(storage) is None
+    began = Precision("bf16", base="int8", states="8bit")
+    keep_precision(storage, began)
+    keep_precision(storage, began)
+    with pytest.raises(TrainingError, match=r"base='int8'.*base='full'"):
+        keep_precision(storage, Precision("bf16"))
+    assert read_precision(storage) == began
+
+
+@pytest.mark.parametrize("begun_with", ["auto", "int8"])
+def test_a_run_keeps_its_base_whatever_auto_would_choose_now(here: Storage, begun_with: str):
+    claim(here, job(memory={"base": begun_with}))
+    claim(here, job(memory={"base": "nf4"}))  # nothing has begun yet
+    keep_precision(here, Precision(base="int8"))
+    for same in ({"base": "auto"}, {"base": "int8"}, {"streaming": 0.5}, {"states": "full"}):
+        claim(here, job(memory=same))
+    with pytest.raises(JobError, match=r"memory\.base was 'int8', is 'full'"):
+        claim(here, job(memory={"base": "full"}))
+    with pytest.raises(JobError, match=r"memory\.states was 'full', is '8bit'"):
+        claim(here, job(memory={"states": "8bit"}))

@@ -16,6 +16,7 @@ from small import ROOT, MakeJob, final_state, open_run
 from torch import Tensor
 from torch.testing import assert_close
 
+from raylora.base.errors import MemoryPlanError
 from raylora.job import Job
 from raylora.training.loop import Run, run_training
 from raylora.training.step import losses_at, sample_losses, train_step
@@ -78,7 +79,7 @@ def test_the_micro_batch_stays_halved_and_one_image_too_many_is_an_error(make_jo
     assert max(tried) == 2
     assert sum(tried) == 8
     limit_memory(run, 0)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(MemoryPlanError, match="with every strategy that the job allows on"):
         train_step(run.parts, 2)
     run.close()
 
@@ -99,7 +100,7 @@ def test_nothing_of_a_broken_try_stays_in_the_gradient(make_job: MakeJob):
 
             run.parts.predict = second_fails
         else:
-            run.parts.micro_batch = 1
+            run.parts.fitting.apply(run.parts.fitting.setting.but(micro_batch=1))
         results.append((train_step(run.parts, 0), run.parts.adapter.gradients.clone()))
         run.close()
     assert torch.equal(results[0][1], results[1][1])

@@ -14,6 +14,7 @@ from raylora.base.seeds import draw_normal, sample_number
 from raylora.data.dataset import Dataset
 from raylora.data.supply import Tensors, measured_tensors
 from raylora.job import Job
+from raylora.memory.setting import Setting
 from raylora.training.loop import Run
 from raylora.training.reduce import Distributed
 from raylora.training.step import train_step
@@ -46,7 +47,7 @@ def measure_as(rank: int, job: Job) -> dict[str, float]:
 def measure(job: Job, micro_batch: int = 8, steps: int = 0) -> dict[str, float]:
     run = open_run(job)
     assert run.validation
-    run.parts.micro_batch = micro_batch
+    run.parts.fitting.apply(Setting(micro_batch=micro_batch))
     for step in range(steps):
         train_step(run.parts, step)
     numbers = run.validation.measure(run.parts)
