@@ -343,16 +343,17 @@ def text_of(result: Mapping[str, Any]) -> str:
         "# A training step on a GPU",
         "",
         "Bases of true size with random weights, LoRA of rank 16 on the usual layers, AdamW, bf16,",
-        "captions and latents cached; `b1` is one image together. Median seconds of a step, and the",
-        "most memory that torch had allocated. Predicted: what `raylora plan` reckons with for the",
-        "same card and setting. Utilisation: floating-point operations of a LoRA step without what is",
-        "computed again, over the time and the card's dense 16-bit peak. Made by `benchmarks/gpu.py`.",
+        "captions and latents cached; `b1` is one image together. Median seconds of a step, and",
+        "the most memory that torch had allocated. Predicted: what `raylora plan` reckons with for",
+        "the same card and setting. Utilisation: floating-point operations of a LoRA step without",
+        "what is computed again, over the time and the card's dense 16-bit peak. Made by",
+        "`benchmarks/gpu.py`.",
         "",
-        f"{card['name']}, {card['total_bytes'] / GIB:.1f} GiB, {card['to_device_gbs']:.0f} GB/s to it "
-        f"and {card['to_host_gbs']:.0f} back, measured; peak {peak:.0f} TFLOP/s. "
+        f"{card['name']}, {card['total_bytes'] / GIB:.1f} GiB; copies {card['to_device_gbs']:.0f} "
+        f"GB/s to it and {card['to_host_gbs']:.0f} back, measured; peak {peak:.0f} TFLOP/s. "
         f"torch {versions['torch']}, {result['machine']['date']}.",
         "",
-        "| case | s a step | predicted | peak GiB | predicted | difference | utilisation | host GiB |",
+        "| case | s a step | predicted | peak GiB | predicted | apart | utilisation | host GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -1,7 +1,8 @@
 """A base of true size with random weights, drawn on a device and kept in host memory.
 
-Nothing is downloaded. What is measured on it is time and memory; what it learns means nothing. Weights have the size that a trained network's have, so that numbers stay
-finite through all of its layers.
+Nothing is downloaded. What is measured on it is time and memory; what it learns means nothing.
+Weights have the size that a trained network's have, so that numbers stay finite through all of its
+layers.
 """
 
 from __future__ import annotations

@@ -70,6 +70,11 @@ class Graphs:
         self._seen: dict[Hashable, int] = {}
         self._pool: Any = None
 
+    @property
+    def count(self) -> int:
+        """Recordings that are there."""
+        return len(self._recordings)
+
     def compute(self, key: Hashable, given: Mapping[str, Tensor], compute: Compute) -> Tensor:
         """The losses of a micro-batch, (B,); its gradients are added up.
 

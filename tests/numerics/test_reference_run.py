@@ -22,10 +22,10 @@ from raylora.diffusion.losses import LossOptions, make_loss
 from raylora.diffusion.noise import NoiseOptions, make_noise
 from raylora.diffusion.timesteps import TimestepOptions, make_timesteps
 from raylora.families.sd15 import Sd15, Sd15Options
+from raylora.memory.setting import Setting
 from raylora.networks.lora import LoraOptions, network
 from raylora.optim.groups import Group
 from raylora.optim.optimizers import OptimizerOptions, make_optimizer
-from raylora.memory.setting import Setting
 from raylora.training.fitting import Fitting
 from raylora.training.loss_scale import LossScale
 from raylora.training.parts import Mover, Parts
