@@ -50,7 +50,7 @@ from raylora.training.shares import Shares
 from raylora.training.step import train_step
 
 GIB = 2**30
-MOST_STEPS, LEAST_STEPS, ENOUGH_SECONDS = 20, 3, 3.0
+MOST_STEPS, LEAST_STEPS, ENOUGH_SECONDS = 20, 4, 2.0
 MODELS = {
     "sd15": ("sd15", "sd15"),
     "sdxl": ("sdxl", "sdxl"),

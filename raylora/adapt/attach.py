@@ -164,6 +164,10 @@ class Adapter:
         finally:
             self._rounded = None
 
+    def forget_rounded(self) -> None:
+        """Give the copy up that `rounded_to` keeps from one pass to the next."""
+        self._copies = None
+
     def keep_no_gradients(self) -> None:
         """Give the gradients' buffer up: each leaf then has its own gradient, as autograd makes it,
         for whoever takes it from there at once."""

@@ -299,8 +299,11 @@ def _steps(
         with torch.no_grad():
             losses()
 
+    dtype, _ = PRECISIONS[job.training.precision]
+
     def train() -> None:
-        with adapter.dropping(0, range(images)):
+        adapter.forget_rounded()  # the first pass makes its copy, which then stays
+        with adapter.dropping(0, range(images)), adapter.rounded_to(dtype):
             losses().backward()
 
     held = _tensors([models.denoiser, *models.text_encoders.values()])

@@ -130,19 +130,18 @@ class Graphs:
         gc.collect()
         torch.cuda.empty_cache()  # a recording has memory of its own
         graph = torch.cuda.CUDAGraph()
-        losses = None
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 losses = compute(there)
+                self._forget()  # a copy that nobody waited for would be left open
         except torch.OutOfMemoryError:
             self._pool = None
             raise
         except RuntimeError as error:
-            log.warning("kernels are started one by one: a step cannot be recorded (%s)", error)
+            said = str(error).partition("\n")[0]
+            log.warning("kernels are started one by one: a step cannot be recorded (%s)", said)
             self.possible = self.on = False
-        finally:
             self._forget()
-        if losses is None:
             return None
         staged = {name: torch.empty_like(tensor).pin_memory() for name, tensor in given.items()}
         found = self._recordings[key] = _Recording(graph, there, losses, staged)

@@ -21,11 +21,12 @@ from raylora.training.parts import Parts
 def undone_without_memory(parts: Parts) -> Iterator[None]:
     """Within it, running out of memory leaves adapter, gradients and optimizer as they were.
 
-    They are copied beforehand: on the device where that much was seen to be free, which it is once
-    the activations are gone, and on the host elsewhere.
+    They are copied beforehand, where that much of the device was seen to be free, as it is once the
+    activations are gone. Elsewhere a GPU is asked first for what a move takes, and a CPU that plays
+    one copies to the host.
 
     Raises:
-        MemoryPlanError: memory ran out, and neither had room for copies.
+        MemoryPlanError: memory ran out, and there was no room for copies.
     """
     if _takes_nothing(parts):
         yield
@@ -36,10 +37,10 @@ def undone_without_memory(parts: Parts) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         if not before.restore():
             raise MemoryPlanError(
-                "Out of memory while the adapter was moved, and neither the device nor the host "
-                "had room to keep what it was before. The same command goes on from the newest "
-                "checkpoint; set memory.states: 8bit under another `name`, or memory.host_states: "
-                "true, to need less there."
+                "Out of memory while the adapter was moved, and there was no room to keep what it "
+                "was before. The same command goes on from the newest checkpoint; set "
+                "memory.states: 8bit under another `name`, or memory.host_states: true, to need "
+                "less there."
             ) from error
         raise
 
@@ -114,8 +115,12 @@ def _copier(device: torch.device, tensors: Sequence[Tensor]) -> Callable[[Tensor
     wanted = sum(tensor.nbytes for tensor in tensors)
     if device.type == "cuda":
         free = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-        if wanted <= free:
+        if wanted <= min(free, torch.cuda.mem_get_info(device)[0]):
             return lambda tensor: tensor.clone()
+        # Copies that cross to the host would take longer than a small model's step. What a move
+        # takes is about one more tensor, and is asked for before anything has moved.
+        torch.empty_like(tensors[0])
+        return None
     if wanted + MARGIN_BYTES > free_host_bytes():
         return None
     return _on_host

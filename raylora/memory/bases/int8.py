@@ -18,7 +18,9 @@ _LARGEST = 127  # -128 is left out, so that both signs reach equally far
 
 def pack(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """(O, I) int8, and (O,) float32 by its bits."""
-    scales_O = torch.linalg.vector_norm(weight_OI, ord=math.inf, dim=1) / _LARGEST
+    # By a tensor: a GPU multiplies by a number's reciprocal, which is not always as round.
+    largest = torch.full((), _LARGEST, dtype=torch.float32, device=weight_OI.device)
+    scales_O = torch.linalg.vector_norm(weight_OI, ord=math.inf, dim=1) / largest
     scales_O = torch.where(scales_O == 0, 1.0, scales_O)
     packed = weight_OI.div_(scales_O[:, None]).round_().to(torch.int8)
     return packed, scales_O.view(torch.int32)
