@@ -37,6 +37,7 @@ from raylora.families import Family, get_family
 from raylora.fit import Fit
 from raylora.job import Job, job_from
 from raylora.measure import asked_of_job, need_of_job, planning_family
+from raylora.memory.candidates import library_bytes
 from raylora.memory.card import Card
 from raylora.memory.peaks import bytes_of, hold
 from raylora.memory.probe import probe
@@ -267,7 +268,7 @@ def predicted(case: Case, card: Card, *, graphed: bool) -> dict[str, float]:
     peak = bytes_of(need, asked.carried(precision), held, case.setting).train
     seconds = training_seconds(need, precision, case.setting, card, recorded=graphed)
     return {
-        "predicted_peak_gib": round(peak / GIB, 3),
+        "predicted_peak_gib": round((peak + library_bytes(card)) / GIB, 3),
         "predicted_seconds": round(seconds, 4),
         "launches": need.steps[case.setting.checkpointing].work.launches,
     }
@@ -280,6 +281,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no case after so many")
     parser.add_argument("--results", type=Path, help="JSON to go on from and to write")
     parser.add_argument("--list", action="store_true", help="print the cases' names")
+    parser.add_argument(
+        "--predict", action="store_true", help="reckon the predictions of --results anew, no GPU"
+    )
     options = parser.parse_args()
     chosen = [
         case
@@ -288,6 +292,9 @@ def main() -> None:
     ]
     if options.list:
         print("\n".join(case.name for case in chosen))
+        return
+    if options.predict:
+        _predict_again(options.results)
         return
     began = time.monotonic()
     device = torch.device("cuda", 0)
@@ -306,6 +313,17 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         result["rows"].append(row)
         _write(path, result)
+
+
+def _predict_again(path: Path) -> None:
+    """The predicted columns of results, after a change of the planner."""
+    result = _read(path)
+    assert result is not None, f"there is no {path}"
+    card, by_name = Card.from_plain(result["machine"]["gpu"]), {one.name: one for one in cases()}
+    for row in result["rows"]:
+        if "problem" not in row:
+            row |= predicted(by_name[row["case"]], card, graphed=row["graphed"])
+    _write(path, result)
 
 
 def _row(bench: Bench, case: Case, card: Card) -> dict[str, Any]:
@@ -356,18 +374,25 @@ def text_of(result: Mapping[str, Any]) -> str:
         "| case | s a step | predicted | peak GiB | predicted | apart | utilisation | host GiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    notes: dict[str, list[str]] = {}
     for row in result["rows"]:
         if "problem" in row:
             lines.append(f"| {row['case']} | {row['problem']} | | | | | | |")
             continue
         apart = row["predicted_peak_gib"] / row["peak_gib"] - 1
         used = f"{row['teraflops'] / peak:.0%}" if row["teraflops"] else ""
+        seconds = f"{row['seconds']:.3f}"
+        note = row.get("note") or ("" if row["finite"] else "its loss was not finite")
+        if note:
+            seconds, used = "", ""
+            notes.setdefault(note, []).append(row["case"])
         lines.append(
-            f"| {row['case']} | {row['seconds']:.3f} | {row['predicted_seconds']:.3f} "
+            f"| {row['case']} | {seconds} | {row['predicted_seconds']:.3f} "
             f"| {row['peak_gib']:.2f} | {row['predicted_peak_gib']:.2f} | {apart:+.1%} | {used} "
             f"| {row['host_peak_gib']:.0f} |"
         )
-    return "\n".join([*lines, ""])
+    said = [f"- {', '.join(which)}: {note}." for note, which in notes.items()]
+    return "\n".join([*lines, "", *(["Seconds that are left out:", "", *said, ""] if said else [])])
 
 
 if __name__ == "__main__":

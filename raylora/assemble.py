@@ -308,7 +308,7 @@ def _make_parts(
         models_there = (models.denoiser, *models.text_encoders.values())
         memory.budget.watch(models_there, flat, partial(state_tensors, mover.optimizer))
         fitting.take([memory.budget])
-    graphs = _make_graphs(job, models, device)
+    graphs = _make_graphs(job, family, models, device)
     fitting.take([graphs])
     return Parts(
         denoiser=models.denoiser,
@@ -350,12 +350,16 @@ def _make_parts(
     )
 
 
-def _make_graphs(job: Job, models: Adapted, device: torch.device) -> Graphs:
+def _make_graphs(job: Job, family: Family, models: Adapted, device: torch.device) -> Graphs:
     """What records micro-batches, on a GPU and where nothing stands against it."""
-    memory, placed = job.memory, models.placed
-    against = graph_obstacles(memory, job.training, job.network, preserved=job.preserves)
-    possible = device.type == "cuda" and memory.cuda_graphs is not False and not any(against)
-    return Graphs(possible=possible, forget=placed.forget if placed else lambda: None)
+    adapter, placed, word = models.adapter, models.placed, job.memory.cuda_graphs
+    against = graph_obstacles(job.memory, job.training, job.network, preserved=job.preserves)
+    asked = word is True or (word == "auto" and family.recorded and adapter.network.low_rank)
+    return Graphs(
+        possible=device.type == "cuda" and asked and not any(against),
+        gradients=adapter.gradients,
+        forget=placed.forget if placed else lambda: None,
+    )
 
 
 def adapter_optimizer(

@@ -27,7 +27,7 @@ Member = tuple[str, str]
 """A site's name and a parameter's."""
 Change = Callable[[Tensor, Tensor], Tensor]
 """(x, what the frozen layer gave) -> what the adapted one gives."""
-_ROUNDED_NUMBERS = 2**26
+_ROUNDED_NUMBERS = 2**27
 """Most numbers of which a rounded copy is kept. Larger adapters have larger layers, whose casts a
 GPU does not notice, and the bytes would be missing elsewhere."""
 
@@ -146,13 +146,16 @@ class Adapter:
             self.strength = strength
 
     @contextmanager
-    def rounded_to(self, dtype: torch.dtype) -> Iterator[None]:
+    def rounded_to(self, dtype: torch.dtype, *, always: bool = False) -> Iterator[None]:
         """Within it, a pass forward and back in a dtype: all numbers are rounded to it at once.
 
         The same numbers as when each layer rounds its own, with fewer operations, which is what a
         small model's step takes its time for on a GPU. The values must not be moved within it.
+
+        Args:
+            always: however many numbers there are.
         """
-        small = len(self.values) <= _ROUNDED_NUMBERS and self.network.low_rank
+        small = (always or len(self.values) <= _ROUNDED_NUMBERS) and self.network.low_rank
         if dtype == self.values.dtype or not small or not len(self.gradients):
             yield
             return

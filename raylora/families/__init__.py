@@ -153,6 +153,7 @@ class Family(ABC):
         blocks: how many blocks the family counts on the way down, in the middle and on the way up
             (for transformers: double, 0, single; or all, 0, 0); what block-wise lists have.
         block_ends: lists of ranks count what lies before the first and behind the last block too.
+        recorded: micro-batches are recorded as CUDA graphs where `memory.cuda_graphs` is auto.
         alter: what is done to each model once it is loaded, by component: LoRAs merged into it.
         altered: component -> what names that; part of fingerprints and of the cache's names.
     """
@@ -179,6 +180,7 @@ class Family(ABC):
     usual_shift: Shift | None = None
     blocks: tuple[int, int, int]
     block_ends: bool = False
+    recorded: ClassVar[bool] = True
     alter: Callable[[str, nn.Module], None] = staticmethod(lambda component, model: None)
     altered: Mapping[str, str] = MappingProxyType({})
 

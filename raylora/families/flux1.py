@@ -116,6 +116,8 @@ class Flux1(Family):
     usual_sampler = "euler"
     usual_draw = "logit_normal"
     usual_shift = "resolution"
+    # On an H100 one of its recordings gave numbers that were not finite, and why is not known.
+    recorded = False
 
     def __init__(self, base: Base, options: Flux1Options) -> None:
         self.base = base

@@ -55,8 +55,16 @@ def asked_of_job(job: Job) -> Asked:
         live_encoders=job.data.pictures_live or job.data.texts_live,
         fused=memory.fused_backward or memory.fused_groups is not None,
         bnb=importlib.util.find_spec("bitsandbytes") is not None,
-        recorded=memory.cuda_graphs is not False and not any(against),
+        recorded=_is_recorded(job) and not any(against),
     )
+
+
+def _is_recorded(job: Job) -> bool:
+    """Whether the word of `memory.cuda_graphs` is for it."""
+    if job.memory.cuda_graphs != "auto":
+        return bool(job.memory.cuda_graphs)
+    family, _ = get_family(job.family.kind)
+    return family.recorded and get_network(job.network.kind).low_rank
 
 
 def need_of_job(

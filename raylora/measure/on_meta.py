@@ -303,7 +303,9 @@ def _steps(
 
     def train() -> None:
         adapter.forget_rounded()  # the first pass makes its copy, which then stays
-        with adapter.dropping(0, range(images)), adapter.rounded_to(dtype):
+        # Of any rank: the one that stands for all would have too many numbers.
+        rounded = adapter.rounded_to(dtype, always=rank is not None)
+        with adapter.dropping(0, range(images)), rounded:
             losses().backward()
 
     held = _tensors([models.denoiser, *models.text_encoders.values()])

@@ -81,10 +81,11 @@ class MemoryOptions(Options):
     cuda_graphs: Literal["auto"] | bool = Field(
         "auto", json_schema_extra=known_as(sd_scripts="none", guides="CUDA graphs")
     )
-    """Record the kernels of a micro-batch once a bucket, and start them as one from then on: the
-    same numbers, several times faster where a GPU waits to be told what to do, as it does with SD
-    1.5 and SDXL. Needs cached captions, no dropout and nothing offloaded; auto does so wherever
-    that is given, and true refuses a job where it is not."""
+    """Record the kernels of a micro-batch once a bucket, and start them as one from then on:
+    several times faster where a GPU waits to be told what to do, as it does with SD 1.5 and SDXL.
+    Each recording is compared with the plain micro-batch before it is used. Needs cached captions,
+    no dropout and nothing offloaded. auto does so for LoRA and LoCon on the Stable Diffusion
+    families; true for any network and FLUX.1 too, and refuses a job where it cannot be."""
     compile: bool = Field(False, json_schema_extra=known_as(sd_scripts="--torch_compile"))
     """Compile the denoiser's blocks, one graph a bucket: faster steps on a GPU after a minute or
     more at the start. Numbers are rounded otherwise."""

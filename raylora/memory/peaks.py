@@ -19,6 +19,8 @@ ENCODER_SHARES = tuple(twentieth / 20 for twentieth in range(21))
 """Of a text encoder's blocks, that may be streamed."""
 CAPTIONS = 16
 """That a text encoder reads together for the cache."""
+_INPUTS_HERE = 4
+"""Units whose inputs are on the device at once where they are offloaded; two in each direction."""
 SUMMED_BYTES = 8
 """Of a trained number's exact sum, a 64-bit integer."""
 
@@ -225,8 +227,8 @@ def bytes_of(need: Need, carried: Carried, held: Held, setting: Setting) -> Byte
     step = step_of(need, held, setting.checkpointing, images)
     dynamic = step.dynamic_bytes
     if setting.offload:
-        # Two units' inputs are on the device: those that leave or are needed now, and the next.
-        left = min(1.0, 2 / max(1, len(held.sizes)))
+        # Of some units they are on the device: those that leave or come, and those that are used.
+        left = min(1.0, _INPUTS_HERE / max(1, len(held.sizes)))
         dynamic = max(0, dynamic - int(step.inputs_bytes * images * (1 - left)))
     dynamic += held.brought_back_bytes
     live = _encoding(need, images) if carried.live_encoders else 0

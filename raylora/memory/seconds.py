@@ -19,29 +19,31 @@ from raylora.memory.setting import Precision, Setting
 class Rates:
     """What of a card's figures is reached, and what each operation costs besides.
 
-    All of them are assumed where nothing says that they were measured.
+    Fitted to recorded steps of SD 1.5, SDXL, SD 3 and FLUX.1 on one H100, which they meet within a
+    quarter (benchmarks/results); that other cards reach the same shares is assumed.
 
     Attributes:
         matmul, attention, traffic: share of the card's figure that products of matrices, attention
             and all other operations reach.
-        launch_seconds: of the host, an operation.
+        launch_seconds: of the host, an operation; measured beside that H100, and less where
+            processors are faster.
         kernel_seconds: of the device, an operation, however small.
         copies: share of the pinned bandwidth that streaming reaches.
-        exposed: share of offloaded inputs' transfers that nothing hides.
+        exposed: share of offloaded inputs' transfers that nothing hides; assumed.
         unpack_8bit, unpack_4bit: passes over memory that bringing a weight back costs, in units of
             reading what is packed and writing what is computed with.
-        host_gbs: of host memory that an optimizer's step there reaches.
+        host_gbs: of host memory that an optimizer's step there reaches; assumed.
     """
 
-    matmul: float = 0.6
-    attention: float = 0.4
-    traffic: float = 0.7
-    launch_seconds: float = 6e-6
-    kernel_seconds: float = 2e-6
-    copies: float = 0.9
+    matmul: float = 0.75
+    attention: float = 0.37
+    traffic: float = 0.63
+    launch_seconds: float = 40e-6
+    kernel_seconds: float = 6e-6
+    copies: float = 0.84
     exposed: float = 0.3
-    unpack_8bit: float = 1.5
-    unpack_4bit: float = 3.0
+    unpack_8bit: float = 3.0
+    unpack_4bit: float = 0.6
     host_gbs: float = 10.0
 
 

@@ -27,6 +27,9 @@ _SEEN_FIRST = 2
 the first, and a shape that comes once is not worth recording."""
 MOST = 8
 """Recordings that are kept; the oldest goes first."""
+_APART = 0.02
+"""How far gradients of a recording may lie from those started kernel by kernel, as a part of their
+size: a library may choose other kernels for a recording, and 16-bit activations round to 0.4 %."""
 
 
 @dataclass
@@ -54,17 +57,26 @@ class Graphs:
     Nothing a recording computes may depend on anything but what it is given and on tensors that
     stay where they are: where a setting changes, all are dropped.
 
+    Each recording is compared with the same micro-batch started kernel by kernel before it is used.
+
     Args:
         possible: nothing of the job stands against it; False computes everything kernel by kernel.
+        gradients: where they are added up.
         forget: called before and after what is recorded runs, for whoever remembers what lies on
             the device from one pass to the next.
     """
 
     def __init__(
-        self, *, possible: bool = False, forget: Callable[[], None] = lambda: None
+        self,
+        *,
+        possible: bool = False,
+        gradients: Tensor | None = None,
+        forget: Callable[[], None] = lambda: None,
     ) -> None:
+        assert gradients is not None or not possible, "what is recorded is compared by them"
         self.possible = possible
         self.on = possible
+        self._gradients = gradients
         self._forget = forget
         self._recordings: dict[Hashable, _Recording] = {}
         self._seen: dict[Hashable, int] = {}
@@ -91,12 +103,45 @@ class Graphs:
             if seen <= _SEEN_FIRST:
                 return compute(given)
             found = self._record((key, shapes), given, compute)
-        if found is None:
-            return compute(given)
+            return self._plain_and_compared((key, shapes), found, given, compute)
+        return self._play(found, given)
+
+    def _play(self, recording: _Recording, given: Mapping[str, Tensor]) -> Tensor:
         self._forget()
-        losses = found.play(given)
+        losses = recording.play(given)
         self._forget()
         return losses
+
+    def _plain_and_compared(
+        self,
+        key: Hashable,
+        recording: _Recording | None,
+        given: Mapping[str, Tensor],
+        compute: Compute,
+    ) -> Tensor:
+        """The micro-batch kernel by kernel; a recording that gives something else is not used."""
+        if recording is None:
+            return compute(given)
+        gradients = self._gradients
+        assert gradients is not None
+        # A step's first micro-batch, as this is as a rule, adds to nothing: no copy beside it.
+        before = gradients.clone() if bool(gradients.any()) else torch.zeros_like(gradients[:1])
+        plain = compute(given)
+        after = gradients.clone()
+        gradients.copy_(before)
+        played = self._play(recording, given)
+        size = (after - before).norm()
+        apart = (gradients - after).norm() / size
+        gradients.copy_(after)
+        if bool(size.isfinite()) and not bool(apart <= _APART and played.isfinite().all()):
+            log.warning(
+                "kernels are started one by one: a recording's gradients lay %.1e apart", apart
+            )
+            self.drop()
+            self.possible = self.on = False
+        elif not bool(size.isfinite()):
+            del self._recordings[key]  # nothing was shown; the next time may
+        return plain
 
     def apply(self, setting: Setting) -> None:
         """Begin anew: kernels and places of another setting are others."""
