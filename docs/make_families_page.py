@@ -102,7 +102,8 @@ WRONG = (
         "guides",
         "sd-scripts' LoRA programs read the first and never use it, and do not know the second. "
         "The figures belong to full fine-tuning: all gradients of a LoRA of rank 16 are 0.16 GiB.",
-        "has neither; `memory.checkpointing` is what saves memory here",
+        "has both for LoRA (`memory.fused_backward`, `memory.fused_groups`), worth it from rank 64; "
+        "`memory.checkpointing` and `memory.streaming` are what saves memory here (memory.md)",
     ),
     Wrong(
         "SDXL's `block_dims` has 25 values",
