@@ -31,7 +31,7 @@ import results
 import torch
 from random_base import RandomBase
 
-from raylora.assemble import _make_parts as make_parts
+from raylora.assemble import make_parts
 from raylora.data.steps import SampleRef
 from raylora.families import Family, get_family
 from raylora.fit import Fit

@@ -102,7 +102,7 @@ WRONG = (
         "guides",
         "sd-scripts' LoRA programs read the first and never use it, and do not know the second. "
         "The figures belong to full fine-tuning: all gradients of a LoRA of rank 16 are 0.16 GiB.",
-        "has both for LoRA (`memory.fused_backward`, `memory.fused_groups`), for ranks of 64 and up; "
+        "has both for LoRA (`memory.fused_backward`, `memory.fused_groups`), from rank 64 on; "
         "`memory.checkpointing` and `memory.streaming` are what saves memory here (memory.md)",
     ),
     Wrong(

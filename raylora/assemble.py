@@ -207,7 +207,7 @@ def make_run(
     memory = make_memory(job, device)
     if fit.shares and not shares.pinned:
         shares.weights = fit.shares
-    parts = _make_parts(
+    parts = make_parts(
         job, family, loader, group, shares, total, device, fit, memory, share_host=share_host
     )
     first = group.rank == 0 and report
@@ -268,7 +268,7 @@ def finish(job: Job, storage: Storage) -> dict[str, Any]:
     return result
 
 
-def _make_parts(
+def make_parts(
     job: Job,
     family: Family,
     loader: Loader,
@@ -280,6 +280,7 @@ def _make_parts(
     memory: DeviceMemory,
     share_host: bool,
 ) -> Parts:
+    """What one worker trains with, from models, adapter and optimizer to what fits them."""
     dtype, _ = PRECISIONS[job.training.precision]
     fitting = make_fitting(job, fit, device, memory)
     models = load_adapted(

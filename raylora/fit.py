@@ -19,6 +19,7 @@ from raylora.job import Job
 from raylora.measure import asked_of_job, need_of_job
 from raylora.memory.budget import Budget, limit_gpu
 from raylora.memory.card import Card
+from raylora.memory.emulate import Kernels
 from raylora.memory.host import HostMemory
 from raylora.memory.need import Need
 from raylora.memory.plan import CardPlan, make_plan, shares
@@ -79,7 +80,8 @@ def fit_worker(
         return Fit(kept or precision, setting)
     card = probe(device, options=job.memory)
     cards = [Card.from_plain(held) for held in gather_plain(group, card.plain())]
-    need = need_of_job(job, family, bucket)
+    kernels: Kernels = "cpu" if device.type == "cpu" else "cuda"
+    need = need_of_job(job, family, bucket, kernels=kernels)
     asked = replace(asked_of_job(job), encodes=False)  # what is cached was cached before
     plan = make_plan(need, asked, cards, kept=kept)
     mine = plan.workers[group.rank]

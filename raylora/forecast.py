@@ -24,6 +24,7 @@ from raylora.job import Job, with_overrides
 from raylora.measure import asked_of_job, need_of_job, planning_family
 from raylora.memory.card import Card
 from raylora.memory.cards import card_named, cards_named, known_name
+from raylora.memory.emulate import Kernels
 from raylora.memory.plan import Candidate, CardPlan, Plan, PlanError, make_plan
 from raylora.memory.prices import Price, priced, read_prices
 from raylora.memory.probe import probe
@@ -192,7 +193,7 @@ def planned(
     here = all(card.free_bytes is not None or card.capability is None for card in cards)
     asked = asked_of_job(job) if here else replace(asked_of_job(job), bnb=True)
     try:
-        made = make_plan(_need(job, length.bucket), asked, cards)
+        made = make_plan(_need(job, length.bucket, cards), asked, cards)
     except PlanError as error:
         if not each:
             raise
@@ -200,8 +201,9 @@ def planned(
     return {**_document(job, made, length, prices), "advice": advice}
 
 
-def _need(job: Job, bucket: Size) -> Any:
-    return need_of_job(job, planning_family(job), bucket)
+def _need(job: Job, bucket: Size, cards: Sequence[Card]) -> Any:
+    kernels: Kernels = "cpu" if all(card.capability is None for card in cards) else "cuda"
+    return need_of_job(job, planning_family(job), bucket, kernels=kernels)
 
 
 def _listed(names: Iterable[str]) -> str:

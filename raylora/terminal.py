@@ -223,6 +223,21 @@ def show_plan(document: dict[str, Any]) -> None:
     for plan in document["plans"]:
         for line in _plan_lines(plan):
             out.print(line, markup=False, soft_wrap=True)
+    if "measured" in document:
+        for line in _measured_lines(document["measured"]):
+            out.print(line, markup=False, soft_wrap=True)
+
+
+def _measured_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Two real steps beside what was predicted of them."""
+    yield ""
+    said = f"{found['setting']['micro_batch']} at once, {setting_words(found['setting'])}"
+    yield f"measured on this machine's {found['card']}: {said}"
+    peak, seconds = found["predicted_peak_bytes"], found["predicted_seconds_per_image"]
+    of = "not predicted" if peak is None else f"predicted {gib(peak)}"
+    yield f"  peak     {gib(found['observed_peak_bytes'])} in training, {of}"
+    of = "not predicted" if seconds is None else f"predicted {seconds:.3f}"
+    yield f"  seconds  {found['observed_seconds_per_image']:.3f} an image, {of}"
 
 
 def _add_plan(table: Table, plan: dict[str, Any]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import click
+import torch
 
 from raylora.cli_options import json_option, set_option
 from raylora.forecast import plan
-from raylora.job import load_job
+from raylora.job import Job, load_job
 from raylora.terminal import show_plan
 
 
@@ -32,6 +33,12 @@ from raylora.terminal import show_plan
     metavar="FILE",
     help="A YAML file of dollars an hour, e.g. `RTX4090: 0.34`, over the defaults.",
 )
+@click.option(
+    "--measure/--no-measure",
+    default=None,
+    help="Take two real steps on this machine too, which needs the base and no images; usual where "
+    "a GPU is here and no --gpu is given.",
+)
 @set_option
 @json_option
 def command(
@@ -40,14 +47,26 @@ def command(
     each: bool,
     host_gib: float | None,
     prices: str | None,
+    measure: bool | None,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> dict[str, Any]:
     """Plan JOB, a YAML file: what each card holds and streams, its peaks, seconds and dollars.
 
-    Everything is predicted; nothing is downloaded, and images are counted where they are there.
+    Without --measure everything is predicted, and nothing is downloaded. Images are counted where
+    they are there.
     """
-    document = plan(load_job(job, overrides), gpus, each=each, host_gib=host_gib, prices=prices)
+    read = load_job(job, overrides)
+    document = plan(read, gpus, each=each, host_gib=host_gib, prices=prices)
+    if measure or (measure is None and gpus is None and _has_gpu(read)):
+        from raylora.rehearse import rehearse
+
+        width, height = document["bucket"]
+        document["measured"] = rehearse(read, (width, height))
     if not as_json:
         show_plan(document)
     return document
+
+
+def _has_gpu(job: Job) -> bool:
+    return torch.cuda.is_available() and not job.fleet.cpus_only

@@ -236,6 +236,26 @@ def _batch(
     return batch
 
 
+def blank_batch(
+    job: Job, family: Family, bucket: tuple[int, int], images: int
+) -> dict[str, Tensor]:
+    """A micro-batch as the loader gives it, of zeros: what a step computes does not hang on them.
+
+    Loads no weights and no tokenizers.
+    """
+    shown = _on_meta(family, job)
+    found = tokens = _tokens(shown)
+    if not job.network.trains_text:
+        encoders = shown.load_text_encoders(dtype=torch.float32, device=_META)
+        with torch.no_grad():
+            found = shown.read_tokens(
+                encoders, {name: t[:1].to(_META) for name, t in tokens.items()}
+            )
+    shapes = {name: _host(IMAGES, *one.shape[1:], dtype=one.dtype) for name, one in found.items()}
+    whole = _batch(job, shown, shapes, bucket)
+    return {name: held[:images].contiguous() for name, held in whole.items()}
+
+
 @dataclass(frozen=True)
 class _Step:
     """The part of `Parts` that a loss asks for."""

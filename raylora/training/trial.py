@@ -30,6 +30,7 @@ from raylora.training.step import accumulate_batch
 
 log = get_logger("memory")
 
+Batch = tuple[list[int], dict[str, Tensor]]
 MOST_TRIES = 3
 """Settings that are tried beyond the planned one, each for two steps."""
 
@@ -119,13 +120,16 @@ class Trial:
         fitting.apply(setting)
         return None
 
-    def observe(self, parts: Parts) -> Observed:
+    def observe(self, parts: Parts, given: Batch | None = None) -> Observed:
         """Take the gradients of two steps at the largest bucket, and leave everything as it was.
+
+        Args:
+            given: sample numbers and a batch of that bucket; None takes real images.
 
         Raises:
             OutOfMemoryError: it does not fit.
         """
-        numbers, batch = largest_batch(parts)
+        numbers, batch = largest_batch(parts) if given is None else given
         self._memory.forget_peak()
         seconds = 0.0
         try:
