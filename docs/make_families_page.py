@@ -46,8 +46,10 @@ Pickles (.ckpt, .pt, .bin) are refused, since reading one runs what is in it.
 
 Ready jobs for each family and size of card are in [jobs](../jobs): `jobs/<family>_<size>gb.yaml`.
 `jobs/smoke/<family>.yaml` runs the whole road on a tiny random base in under two minutes on two CPU
-cores. No family but sd15 has trained a real base yet, and none has run on a GPU yet: what is here
-was proven on tiny bases, and on true sizes without weights.
+cores. No family but sd15 has trained a real base yet. Steps of sd15, sdxl, sd3 and flux1 in true
+size ran on one GPU, with random weights and no images ([what was
+measured](memory.md#measured-on-gpus)); all else here was proven on tiny bases, and on true sizes
+without weights.
 """
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,7 @@ every card is planned by itself. `--host-gib` says how much host memory is free 
 - [How a plan is made](#how-a-plan-is-made)
 - [The strategies](#the-strategies)
 - [The guides' ladder](#the-guides-ladder)
+- [Measured on GPUs](#measured-on-gpus)
 - [Which card runs what](#which-card-runs-what)
 - [The cards](#the-cards)
 """
@@ -86,15 +87,18 @@ HOW = """\
    times slower it may be than the next.
 4. **Then the fastest setting, for each.** Within that precision every worker takes what is fastest
    of what fits in all phases: encoding, training, validating, saving, previews. None of these
-   strategies changes a number that is computed; cards of one fleet may differ in all of them.
-5. **Then it is measured.** The first steps at the largest bucket are compared with the prediction,
-   and the setting is corrected, up or down. When memory runs out in spite of it, the worker steps
-   down one such strategy, does the step again, and goes on; never to a lower precision.
+   strategies changes what is learned; at most they add or round in another order, as the table
+   below says. Cards of one fleet may differ in all of them.
+5. **Then it is measured.** Before the first step the gradients of two steps at the largest bucket
+   are computed and dropped, the peak is compared with the prediction, and the setting is corrected,
+   up or down. What it comes to is kept in `<store>/plans/` for the next run of this shape. When
+   memory runs out in spite of it, the worker steps down one such strategy, does the step again, and
+   goes on; never to a lower precision ([what happens when](operations.md#when-memory-runs-out)).
 
 Seconds are predicted from what is computed, what is moved and how often work is started, each by
-the card's figures, and are off by more than bytes are. Dollars come from
-`raylora/memory/prices.yaml`: list prices of RunPod with their dates, to be edited. Where no dated
-price was found the cost is not known.
+the card's figures, and are off by more than bytes are: see [what was measured](#measured-on-gpus).
+Dollars come from `raylora/memory/prices.yaml`: list prices of RunPod with their dates, to be
+edited. Where no dated price was found the cost is not known.
 """
 
 
@@ -201,7 +205,7 @@ STRATEGIES = (
         "A micro-batch's work is recorded once a bucket and started as one from then on. Needs "
         "cached captions, no dropout and nothing offloaded.",
         "nothing: steps are faster where the card waits to be told what to do",
-        SAME,
+        "the same but for rounding, where a library chooses other kernels for a recording",
     ),
     Strategy(
         "kernel",
@@ -267,9 +271,9 @@ bfloat16, and further by `--fused_optimizer_groups`. Those figures are of **full
 the UNet, where gradients are as large as the model: they were measured in the pull request that
 brought fusing to `sdxl_train.py` (kohya-ss/sd-scripts #1259). sd-scripts' LoRA programs read
 `--fused_backward_pass` and never use it, and do not know `--fused_optimizer_groups`. All gradients
-of a LoRA are a few hundred MB, so there is little to free. What a LoRA's memory goes to is the
-frozen base and the activations, and those are what computing again, streaming and fewer bits take
-away: the later rows of this table.
+of a LoRA of rank 16 are a few hundred MB at most, so there is little to free. What a LoRA's memory
+goes to is the frozen base and the activations, and those are what computing again, streaming and
+fewer bits take away: the later rows of this table.
 """
 
 SAVES = """\
@@ -347,7 +351,7 @@ def _ladder() -> Iterator[str]:
     yield _text(
         f"Predicted GiB of a training step, not measured: LoRA of rank {RANK} on the usual layers, "
         "AdamW in 32 bits, one image, latents and captions cached; without what driver and kernels "
-        "take for themselves. With fusing the planner counts no gradients at all, so its two rows "
+        "take for themselves. With fusing the planner counts no gradients at all, so those rows "
         "are the least that fusing could come to."
     )
     yield ""
@@ -382,21 +386,64 @@ def _saves() -> Iterator[str]:
 
 def _measured() -> Iterator[str]:
     """What was measured on GPUs, where a file of results is."""
-    for file in sorted(RESULTS.glob("gpu-*.json")):
+    files = sorted(RESULTS.glob("gpu-*.json"))
+    if files:
+        yield "## Measured on GPUs"
+        yield ""
+    for file in files:
         held = json.loads(file.read_text())
         card = held["machine"]["gpu"]["name"]
-        yield f"### Measured on {card}"
+        yield f"### {card}"
         yield ""
         yield _text(
             f"By `benchmarks/gpu.py` on {held['machine']['date']}, with random weights of true "
             "size: the median of a step's seconds, and the most that torch had allocated; beside "
             "each what the planner says of it. All of it is in "
-            f"[{file.stem}](../benchmarks/results/{file.name})."
+            f"[{file.stem}](../benchmarks/results/{file.stem}.md). A case names the base and its "
+            "size, how the base is held, what is computed again, the share that is streamed, "
+            "whether the steps were replayed as CUDA graphs, and the images together (`b1` is one)."
         )
+        yield ""
+        yield _text(_apart(held["rows"]))
         yield ""
         rows = [_measured_row(row) for row in held["rows"]]
         yield from _table(("case", "s/step", "predicted", "peak GiB", "predicted"), rows)
         yield ""
+        for why, cases in _left_out(held["rows"]).items():
+            yield _text(f"Seconds left out, of {', '.join(cases)}: {why}.")
+            yield ""
+
+
+def _why_left_out(row: Mapping[str, Any]) -> str:
+    """Why a row's seconds are not to be trusted; empty: they are."""
+    return str(row.get("note", "")) or ("" if row["finite"] else "its loss was not finite")
+
+
+def _left_out(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if "problem" not in row and (why := _why_left_out(row)):
+            found.setdefault(why, []).append(row["case"])
+    return found
+
+
+def _apart(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How far predictions lie from what was measured, at most."""
+    good = [row for row in rows if "problem" not in row]
+    timed = [row for row in good if not _why_left_out(row)]
+
+    def most(of: Sequence[Mapping[str, Any]], word: str) -> str:
+        off = max(abs(row[f"predicted_{word}"] / row[word] - 1) for row in of)
+        return f"{off:.0%}".replace("%", " %")
+
+    said = [f"Predicted peaks are off by {most(good, 'peak_gib')} at most"]
+    for graphed, title in ((True, "replayed"), (False, "not replayed")):
+        if of := [row for row in timed if row["graphed"] is graphed]:
+            said.append(f"seconds of steps that are {title} by {most(of, 'seconds')}")
+    return (
+        ", ".join(said) + ". What the planner takes a card to reach of its figures was fitted to "
+        "such steps; that other cards reach the same shares is assumed."
+    )
 
 
 def _measured_row(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -404,7 +451,7 @@ def _measured_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         return (row["case"], row["problem"], "", "", "")
     return (
         row["case"],
-        f"{row['seconds']:.3f}",
+        "" if _why_left_out(row) else f"{row['seconds']:.3f}",
         f"{row['predicted_seconds']:.3f}",
         f"{row['peak_gib']:.2f}",
         f"{row['predicted_peak_gib']:.2f}",
@@ -421,6 +468,8 @@ def _runs() -> Iterator[str]:
         "cards without bfloat16 are planned with `training.precision: fp16`. $ is for 1,000 steps "
         "at the prices of `raylora/memory/prices.yaml`."
     )
+    yield ""
+    yield _text(_with_less_host_memory())
     for word, title in BASES.items():
         for side in SIZES:
             yield ""
@@ -428,6 +477,26 @@ def _runs() -> Iterator[str]:
             yield ""
             rows = [_run_row(word, side, name) for name in CARDS]
             yield from _table(("card", "setting", "peak", "usable", "s/step", "$"), rows)
+
+
+def _with_less_host_memory() -> str:
+    """Which of these do not fit with half as much of it."""
+    half = HOST_GIB / 2
+    found = []
+    for word, title in BASES.items():
+        cards = []
+        for name in CARDS:
+            jobs = ((_job(word, side), side) for side in SIZES)
+            plans = (_plan(job, cards_of(job, name, host_gib=half)[0], side) for job, side in jobs)
+            if any(made["problem"] for made in plans):
+                cards.append(name)
+        if cards:
+            found.append(f"{title} on {', '.join(cards)}")
+    assert found, "say so instead"
+    return (
+        f"With {half:g} GiB of host memory free these do not fit: {'; '.join(found)}. T5 is "
+        "streamed there while captions are encoded, and has no room to come from."
+    )
 
 
 def _run_row(word: str, side: int, name: str) -> tuple[str, ...]:

@@ -140,7 +140,7 @@ def cards_of(
     """The cards that a job is planned for, one a worker; arguments as `plan` has them."""
     if gpus is not None:
         words = gpus.split(",") if isinstance(gpus, str) else list(gpus)
-        found = cards_named((word.strip() for word in words), host_gib=host_gib)
+        found = cards_named((word.strip() for word in words if word.strip()), host_gib=host_gib)
         if not found:
             raise UserError("--gpu names no card. Write cards as in --gpu RTX3060-12G,2xA100-80G.")
         return found

@@ -208,17 +208,12 @@ def show_plan(document: dict[str, Any]) -> None:
             f"note: {document['note']}; the bucket is that of data.resolution", style="yellow"
         )
     table = Table(title="predicted, not measured", title_justify="left", title_style="dim")
-    for head in (
-        "card",
-        "setting",
-        "peak of usable",
-        "at once x times",
-        "s/step",
-        "$ per 1,000 steps",
-    ):
+    # Narrow columns of figures: on a terminal of 80 columns the setting has what is left.
+    for head in ("card", "setting", "peak of\nusable GiB", "at once\nx times", "s/step"):
         table.add_column(head, justify="left" if head in ("card", "setting") else "right")
+    table.add_column("$ / 1,000\nsteps", justify="right")
     for plan in document["plans"]:
-        _add_plan(table, plan)
+        _add_plan(table, plan, alone=len(document["plans"]) == 1)
     out.print(table)
     for plan in document["plans"]:
         for line in _plan_lines(plan):
@@ -240,16 +235,19 @@ def _measured_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  seconds  {found['observed_seconds_per_image']:.3f} an image, {of}"
 
 
-def _add_plan(table: Table, plan: dict[str, Any]) -> None:
+def _add_plan(table: Table, plan: dict[str, Any], *, alone: bool) -> None:
+    """A row for each worker; a fleet's one precision is told below."""
     if plan["problem"]:
         table.add_row(", ".join(plan["cards"]), "does not fit", "", "", "", "")
     for worker in [] if plan["problem"] else plan["workers"]:
         cost = worker["dollars_per_1000_steps"]
+        precision = "" if alone else f"{precision_words(plan['precision'])}; "
+        together = f"{worker['micro_batch']} x {worker['accumulation']}"
         table.add_row(
             worker["card"],
-            f"{precision_words(plan['precision'])}; {setting_words(worker['setting'])}",
-            f"{max(worker['peaks'].values()) / GIB:.1f} of {worker['usable_bytes'] / GIB:.1f} GiB",
-            f"{worker['micro_batch']} x {worker['accumulation']}",
+            precision + setting_words(worker["setting"]),
+            f"{max(worker['peaks'].values()) / GIB:.1f} of {worker['usable_bytes'] / GIB:.1f}",
+            together if worker["images"] else "no image",
             f"{worker['seconds_per_step']:.2f}",
             "not known" if cost is None else f"{cost:.3f}",
         )
@@ -267,7 +265,7 @@ def _plan_lines(plan: dict[str, Any]) -> Iterator[str]:
         yield f"precision  {precision_words(word)}: {word['why']}"
     seen = set()
     for worker in plan["workers"]:
-        alike = (worker["card"], worker["images"], str(worker["setting"]))
+        alike = (worker["card"], str(worker["setting"]))
         if alike not in seen:
             yield from _worker_lines(worker)
         seen.add(alike)
@@ -313,7 +311,10 @@ def _fleet_line(plan: dict[str, Any]) -> str:
         said.insert(0, "images " + " + ".join(str(one["images"]) for one in plan["workers"]))
     if plan["eta_seconds"] is not None:
         said.append(f"{duration(plan['eta_seconds'])} in all")
-    if plan["dollars_per_hour"] is not None:
+    if plan["dollars_per_hour"] is None:
+        unknown = [w["card"] for w in plan["workers"] if w["dollars_per_hour"] is None]
+        said.append(f"no price is known for {', '.join(dict.fromkeys(unknown))} (see --prices)")
+    else:
         said.append(f"{plan['dollars_per_hour']:.2f} dollars an hour")
     if plan["dollars"] is not None:
         said.append(f"{plan['dollars']:.2f} dollars in all")

@@ -180,7 +180,7 @@ def _by_form(
 def _blank_weight(site: Site) -> Weight:
     kernel = site.kernel if site.kind == "conv" else ()
     shape = (site.outputs,) if site.kind == "norm" else (site.outputs, site.inputs, *kernel)
-    return lambda: np.ones(shape)
+    return lambda: np.broadcast_to(np.float64(1), shape)  # a large one takes no memory
 
 
 def _host(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

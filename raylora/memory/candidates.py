@@ -168,7 +168,9 @@ class Room:
         if most > self.budget:
             said.append(f"{phase} needs {_apart(most, self.budget)} GiB")
         if self.host(found) > self.host_budget:
-            said.append(f"host memory: {_apart(self.host(found), self.host_budget)} GiB needed")
+            phase = "encode" if self.encoding and self.encoding.host > found.host else "train"
+            needed = _apart(self.host(found), self.host_budget)
+            said.append(f"{phase} needs {needed} GiB of host memory")
         return ", ".join(said)
 
 

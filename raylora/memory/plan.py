@@ -190,7 +190,7 @@ def _problem(precision: Precision, asked: Asked) -> str:
         return 'nf4 needs bitsandbytes: pip install "raylora[bnb]"'
     if precision.states == "8bit":
         if asked.state_bytes_8bit is None:
-            return "the optimizer has no states of 8 bits"
+            return "the optimizer has no other form with states of 8 bits"
         if not asked.bnb:
             return 'states in 8 bits need bitsandbytes: pip install "raylora[bnb]"'
     return ""
@@ -223,7 +223,11 @@ def _worst_miss(rooms: Sequence[Room], sized: Sequence[Sized]) -> Miss | None:
 
 def _nearest(room: Room, sized: Sequence[Sized]) -> Miss:
     allowed = (one for one in sized if one.setting.micro_batch <= room.together)
-    found = min(allowed, key=lambda one: (room.misses(one.bytes), simplicity(one.setting)))
+    # Where host memory is short whatever is done, what needs least of the device tells most.
+    found = min(
+        allowed,
+        key=lambda one: (room.misses(one.bytes), room.peak(one.bytes), simplicity(one.setting)),
+    )
     return Miss(room.misses(found.bytes), room, found)
 
 
@@ -338,17 +342,27 @@ def _nothing_fits(
     if not misses:
         tried = "; ".join(f"{_words(one)}: {why}" for one, why in said.items())
         return f"No precision that the job allows can be had here. {tried}."
-    precision, miss = min(misses, key=lambda entry: entry[1].bytes)
+    precision, miss = min(
+        misses, key=lambda entry: (entry[1].bytes, entry[1].room.peak(entry[1].sized.bytes))
+    )
     setting, room = miss.sized.setting, miss.room
     width, height = need.bucket
     fixed = _fixed(asked, kept)
-    also = "".join(f" {_words(p)}: {why}." for p, why in said.items() if p not in dict(misses))
+    others: dict[str, list[str]] = {}
+    for one, why in said.items():
+        if one not in dict(misses):
+            others.setdefault(why, []).append(_words(one))
+    also = "".join(f" {', '.join(which)}: {why}." for why, which in others.items())
+    found = miss.sized.bytes
+    smaller = "Choose a smaller data.resolution or network.rank, or leave this card out."
+    if room.peak(found) <= room.budget:
+        smaller = "Free host memory there, or leave this card out."
     return (
         f"{width}x{height} pixels do not fit {room.card.name}. Nearest is {_words(precision)}, "
         f"checkpointing {setting.checkpointing}, {setting.streamed:.0%} streamed, micro-batch "
-        f"{setting.micro_batch}: {room.reason(miss.sized.bytes)} "
+        f"{setting.micro_batch}: {room.reason(found)} "
         f"({gib(asked.options.reserve_gib * 2**30)} are kept in reserve).{also} "
-        f"{fixed}Choose a smaller data.resolution or network.rank, or leave this card out."
+        f"{fixed}{smaller}"
     )
 
 

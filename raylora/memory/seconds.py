@@ -19,8 +19,9 @@ from raylora.memory.setting import Precision, Setting
 class Rates:
     """What of a card's figures is reached, and what each operation costs besides.
 
-    Fitted to recorded steps of SD 1.5, SDXL, SD 3 and FLUX.1 on one H100, which they meet within a
-    quarter (benchmarks/results); that other cards reach the same shares is assumed.
+    Fitted to recorded steps on one H100, which they meet within a quarter; steps that are not
+    recorded took up to 1.8 times what they say (benchmarks/results). That other cards reach the
+    same shares is assumed.
 
     Attributes:
         matmul, attention, traffic: share of the card's figure that products of matrices, attention

@@ -1,7 +1,7 @@
 """Micro-batches whose kernels are recorded once and then started as one CUDA graph.
 
 A LoRA step starts thousands of small kernels, and a GPU is done with most of them before the next
-one is started: on an H100, SD 1.5's step at 512 px computes for 29 ms and takes 180. A graph
+one is started: on an H100, SD 1.5's step at 512 px takes 117 ms, and 28 as a graph. A graph
 computes the same kernels in the same order, without the waiting.
 """
 

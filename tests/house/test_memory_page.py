@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from programs import ROOT, load_program
 
@@ -38,6 +40,18 @@ def test_every_option_of_memory_that_makes_room_is_told():
 
 def test_no_card_of_8_gb_is_refused():
     assert "does not fit" not in PAGE.read_text()
+
+
+def test_seconds_that_are_not_to_be_trusted_are_left_out():
+    rows = [
+        row
+        for row in MAKER.RESULTS.glob("gpu-*.json")
+        for row in json.loads(row.read_text())["rows"]
+    ]
+    doubted = [row for row in rows if row.get("note") or not row.get("finite", True)]
+    assert doubted
+    for row in doubted:
+        assert f"| {row['case']} |  |" in PAGE.read_text()
 
 
 def test_figures_are_called_what_they_are():

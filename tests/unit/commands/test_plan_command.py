@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,9 +163,50 @@ def test_people_get_one_table_with_cards_settings_and_costs(capsys: pytest.Captu
     assert "steps an hour" in said
 
 
+def test_the_table_is_read_on_a_terminal_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("raylora.terminal._WIDE", 80)
+    cards = "RTX3060-12G,RTX4090,2xA100-80G"
+    job = job_file("flux1_24gb.yaml")
+    assert run(["plan", job, "--gpu", cards, "--set", "training.images_per_step=32"]) == DONE
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert max(map(len, table)) <= 80
+    for card in ("RTX3060-12G", "RTX4090", "A100-80G"):
+        row = next(line for line in table if card in line)
+        assert re.search(r"\d\.\d of \d+\.\d │ +\d x \d+ │ +\d+\.\d\d │", row), row
+
+
+def test_a_price_that_is_not_known_is_told_of_the_whole_fleet(capsys: pytest.CaptureFixture[str]):
+    assert (
+        run(["plan", job_file(SMALL), "--gpu", "RTX3070,T4", "--set", "training.precision=fp16"])
+        == DONE
+    )
+    assert "no price is known for T4 (see --prices)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["", " , "])
+def test_an_empty_list_of_cards_is_told(words: str, capsys: pytest.CaptureFixture[str]):
+    code, document, _ = call(capsys, "plan", job_file(SMALL), "--gpu", words)
+    assert code == MISTAKE
+    assert document["error"].startswith("--gpu names no card.")
+
+
+def test_too_little_host_memory_is_told_with_its_phase(capsys: pytest.CaptureFixture[str]):
+    job = job_file("flux1_24gb.yaml")
+    code, document, _ = call(capsys, "plan", job, "--gpu", "RTX3060-12G", "--host-gib", "8")
+    assert code == MISTAKE
+    assert "encode needs" in document["error"]
+    assert "of host memory (" in document["error"]
+    assert document["error"].endswith("Free host memory there, or leave this card out.")
+    assert document["error"].count("no other form with states of 8 bits") == 1
+
+
 def test_a_worker_that_is_left_without_an_image_is_told(capsys: pytest.CaptureFixture[str]):
     assert run(["plan", job_file(SMALL), "--gpu", "RTX3070,8xH100"]) == DONE
-    assert "no image of a step is left for RTX3070" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no image of a step is left for RTX3070" in said
+    assert "│ no image │" in said
 
 
 @pytest.mark.slow
