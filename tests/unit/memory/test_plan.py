@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from needs import card, curve, flux_need, needs
 
 from raylora.base.units import GIB
-from raylora.memory.candidates import SHARES
+from raylora.memory.candidates import SHARES, library_bytes
 from raylora.memory.card import Card
 from raylora.memory.cards import KNOWN, card_named
 from raylora.memory.need import Need
@@ -54,7 +54,7 @@ def asked_for(options: dict[str, Any] | None = None, **changes: Any) -> Asked:
 def everything(need: Need, asked: Asked, one: Card) -> Iterator[tuple[Any, Setting, float]]:
     """(precision, setting, seconds an image) of all that fits a lone card, by trying it all."""
     options = asked.options
-    budget = int(one.free_bytes or 0) - int(options.reserve_gib * GIB)
+    budget = int(one.free_bytes or 0) - int(options.reserve_gib * GIB) - library_bytes(one)
     host = int(0.7 * one.host_bytes) if options.host_gib is None else int(options.host_gib * GIB)
     encoding = encoding_of(need, budget)
     if encoding.peak > budget or encoding.host > host:
@@ -134,7 +134,8 @@ def sized_for(need: Need, one: Card, tight: float) -> Card:
     )
     low = 0.99 * max(least.train, least.preview_tiled, least.save, encoding_of(need, 0).peak)
     high = 1.05 * max(most.train, most.preview, most.save)
-    return replace(one, free_bytes=int(low + tight * max(0, high - low)))
+    free = int(low + tight * max(0, high - low)) + library_bytes(one)
+    return replace(one, free_bytes=free)
 
 
 @pytest.mark.slow
