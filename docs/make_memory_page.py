@@ -60,7 +60,8 @@ Cards of one list are one fleet: one precision, and a part of every step for eac
 every card is planned by itself. `--host-gib` says how much host memory is free beside each card,
 `--prices` brings your own prices, `--json` prints all of it as one document, and
 `raylora.plan(job, gpus)` returns that document in Python. Without `--gpu` the kinds that
-`fleet.workers` names are taken, else this machine's own cards.
+`fleet.workers` names are taken, else this machine's own cards. `--measure` takes two real steps on
+this machine and shows them beside what was predicted.
 
 - [How a plan is made](#how-a-plan-is-made)
 - [The strategies](#the-strategies)
