@@ -45,7 +45,7 @@ from raylora.fit import (
 from raylora.header import adapter_facts, image_facts
 from raylora.job import Job
 from raylora.memory.attending import check_kernel, predicting_by
-from raylora.memory.host import as_host
+from raylora.memory.host import HostMemory, as_host
 from raylora.memory.lending import free_on, lending_of
 from raylora.memory.setting import Precision, States
 from raylora.models import PRECISIONS, Adapted, load_adapted
@@ -283,14 +283,8 @@ def make_parts(
     """What one worker trains with, from models, adapter and optimizer to what fits them."""
     dtype, _ = PRECISIONS[job.training.precision]
     fitting = make_fitting(job, fit, device, memory)
-    models = load_adapted(
-        job,
-        family,
-        device,
-        precision=fit.precision,
-        fitting=fitting,
-        host=host_memory(family, fit, shared=share_host or group.size > 1),
-    )
+    host = host_memory(family, fit, shared=share_host or group.size > 1)
+    models = load_adapted(job, family, device, precision=fit.precision, fitting=fitting, host=host)
     adapter = models.adapter
     process = trained_process(family.process, job.noise)
     exact_sums = job.training.sums == "exact"
@@ -348,7 +342,15 @@ def make_parts(
         under=models.under,
         fused=fused,
         graphs=graphs,
+        leave_host=partial(_leave_host, models, host),
     )
+
+
+def _leave_host(models: Adapted, host: HostMemory | None) -> None:
+    if models.placed:
+        models.placed.close()
+    if host:
+        host.close()
 
 
 def _make_graphs(job: Job, family: Family, models: Adapted, device: torch.device) -> Graphs:

@@ -142,8 +142,15 @@ def memory_problems_here(job: Job, device: torch.device) -> list[str]:
 def memory_warnings(job: Job, device: torch.device) -> list[str]:
     """Words of memory that do nothing where the job would run here."""
     memory = job.memory
-    if device.type != "cpu" or memory.budget_gib is not None:
+    if device.type != "cpu":
         return []
+    graphs = (
+        ["memory.cuda_graphs: a CPU's kernels are not recorded, so that it does nothing here."]
+        if memory.cuda_graphs is True
+        else []
+    )
+    if memory.budget_gib is not None:
+        return graphs
     words = {
         "streaming": memory.streaming not in ("auto", 0),
         "offload_inputs": memory.offload_inputs is True,
@@ -151,10 +158,11 @@ def memory_warnings(job: Job, device: torch.device) -> list[str]:
     }
     given = [f"memory.{word}" for word, there in words.items() if there]
     if not given:
-        return []
+        return graphs
     return [
+        *graphs,
         f"{' and '.join(given)}: on a CPU the device's memory is the host's, so that nothing is "
-        "saved. Leave it to GPUs, or give the CPU a memory.budget_gib."
+        "saved. Leave it to GPUs, or give the CPU a memory.budget_gib.",
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from raylora.components.cache_encoder import CacheEncoder
@@ -13,9 +15,14 @@ from raylora.job import Job
 from raylora.memory.budget import Budget
 from raylora.memory.lending import free_on, lending_of
 from raylora.memory.options import MemoryOptions
+from raylora.training.fitting import told_in_words
 
 MOST_ENCODED = 16
 _GIB = 2**30
+_ADVICE = (
+    "Free the device of other programs, raise memory.budget_gib where it is set, choose a smaller "
+    "data.resolution, or fill the cache on a larger device (`raylora cache`)."
+)
 
 
 class Encoding:
@@ -41,9 +48,8 @@ class Encoding:
         if self._encoder is None:
             self._encoder = self._family.load_encoder(device=self._device, lender=self._lending)
         batch = image_batch(self._options, item, self._device, self._pixel_bytes(), self._free())
-        if self._budget is None:
-            return run_item(facts, item, self._encoder, image_batch=batch)
-        with self._budget.enforced():
+        limit = self._budget.enforced() if self._budget else nullcontext()
+        with limit, told_in_words(_where(item), _ADVICE):
             return run_item(facts, item, self._encoder, image_batch=batch)
 
     def close(self) -> None:
@@ -52,6 +58,14 @@ class Encoding:
 
     def _pixel_bytes(self) -> int:
         return encoding_bytes(self._family.base.config("vae")["block_out_channels"])
+
+
+def _where(item: WorkItem) -> str:
+    """For people."""
+    if item.bucket is None:
+        return "encoding captions"
+    width, height = item.bucket
+    return f"encoding pictures of {width}x{height}, one at a time"
 
 
 def image_batch(

@@ -26,7 +26,7 @@ from raylora.memory.plan import CardPlan, make_plan, shares
 from raylora.memory.probe import probe
 from raylora.memory.setting import Precision, Setting
 from raylora.models import words_alone
-from raylora.training.fitting import Fitting
+from raylora.training.fitting import Fitting, described
 from raylora.training.known import KnownSettings
 from raylora.training.memory import DeviceMemory
 from raylora.training.parts import Parts
@@ -89,7 +89,7 @@ def fit_worker(
         open_storage(job.store).within("plans"), _shape(job, need, plan.precision, card)
     )
     setting = _known_or_planned(known, mine)
-    log.info("plan %s %s: %s", card.name, gib(card.total_bytes), setting)
+    log.info("plan %s %s: %s", card.name, gib(card.total_bytes), described(setting))
     return Fit(plan.precision, setting, mine, known, shares(plan))
 
 
@@ -116,6 +116,11 @@ def _known_or_planned(known: KnownSettings, plan: CardPlan) -> Setting:
     found = known.read()
     if found is None or found[1].peak_bytes > plan.budget_bytes:
         return plan.chosen.setting
+    foreseen = plan.known(found[0])
+    if foreseen is not None:  # of the other phases, and of the host, nothing was observed
+        others = [peak for phase, peak in foreseen.peaks.items() if phase != "train"]
+        if max(others) > plan.budget_bytes or foreseen.host_bytes > plan.host_budget_bytes:
+            return plan.chosen.setting
     return found[0]
 
 

@@ -268,15 +268,20 @@ def sized_settings(
 
 
 def _shares(need: Need, options: MemoryOptions) -> Iterable[float]:
-    if not need.denoiser.units:
+    if not need.denoiser.units or (options.compile and options.streaming == "auto"):
         return (0.0,)
     return SHARES if options.streaming == "auto" else (float(options.streaming),)
+
+
+def checkpointings_of(options: MemoryOptions) -> tuple[Checkpointing, ...]:
+    """What `auto` may choose; compiled blocks are computed again whole or not at all."""
+    return tuple(kind for kind in CHECKPOINTINGS if not (options.compile and kind == "mlp"))
 
 
 def _checkpointings(need: Need, options: MemoryOptions) -> Iterable[Checkpointing]:
     if options.checkpointing != "auto":
         return (options.checkpointing,)
-    return (kind for kind in CHECKPOINTINGS if kind in need.steps)
+    return (kind for kind in checkpointings_of(options) if kind in need.steps)
 
 
 def _either(word: Literal["auto"] | bool, *, free: bool) -> Iterable[bool]:

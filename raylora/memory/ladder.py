@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raylora.memory.candidates import checkpointings_of
 from raylora.memory.options import MemoryOptions
 from raylora.memory.plan import CardPlan
 from raylora.memory.setting import CHECKPOINTINGS, Setting
@@ -69,13 +70,16 @@ def _down(setting: Setting, allowed: MemoryOptions) -> Setting | None:
     one_batch = allowed.fused_backward or allowed.fused_groups is not None
     if setting.micro_batch > 1 and not one_batch:
         return setting.but(micro_batch=setting.micro_batch // 2)
-    stronger = CHECKPOINTINGS[CHECKPOINTINGS.index(setting.checkpointing) + 1 :]
+    again = CHECKPOINTINGS.index
+    stronger = [
+        kind for kind in checkpointings_of(allowed) if again(kind) > again(setting.checkpointing)
+    ]
     if stronger and allowed.checkpointing == "auto":
         return setting.but(checkpointing=stronger[0])
-    again = setting.checkpointing != "none" or setting.streamed > 0
-    if not setting.offload and again and allowed.offload_inputs == "auto":
+    recomputed = setting.checkpointing != "none" or setting.streamed > 0
+    if not setting.offload and recomputed and allowed.offload_inputs == "auto":
         return setting.but(offload=True)
-    if setting.streamed < 1 and allowed.streaming == "auto":
+    if setting.streamed < 1 and allowed.streaming == "auto" and not allowed.compile:
         return setting.but(streamed=min(1.0, round(setting.streamed + STREAMS, 3)))
     if not setting.host_states and allowed.host_states == "auto" and not one_batch:
         return setting.but(host_states=True)

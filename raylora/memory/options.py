@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raylora.base.options import Options, known_as
 from raylora.memory.setting import Checkpointing
@@ -36,7 +36,7 @@ class MemoryOptions(Options):
     """The optimizer's states. full: as optimizer.name has them. 8bit: adamw and lion keep theirs in
     8 bits a number, as adamw8bit and lion8bit do. auto: full where that fits every worker. One
     choice for the run."""
-    checkpointing: Literal["auto"] | Checkpointing = Field(
+    checkpointing: Literal["auto", Checkpointing] = Field(
         "auto",
         json_schema_extra=known_as(
             source="Chen et al. 2016, arXiv 1604.06174", sd_scripts="--gradient_checkpointing"
@@ -117,6 +117,15 @@ class MemoryOptions(Options):
     def fused(self) -> bool:
         """Whether the adapter is moved within the backward pass."""
         return self.fused_backward or self.fused_groups is not None
+
+    @field_validator("streaming", mode="before")
+    @classmethod
+    def _is_a_share(cls, given: object) -> object:
+        if isinstance(given, bool):
+            raise ValueError(
+                f"memory.streaming is {str(given).lower()}, which is no share: give auto or 0 to 1."
+            )
+        return given
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

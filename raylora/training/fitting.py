@@ -7,8 +7,8 @@ changes what is computed, so the step that comes out is the step that was meant.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -132,6 +132,8 @@ class Fitting:
         free_unused()
         if self._retries and not self._retried:
             self._retried = True
+            with suppress(torch.OutOfMemoryError):  # then the same again says so
+                self.apply(before)  # recordings have memory of their own, and are begun anew
             self._say(where, "the same again, with what was cached given back", said)
             return
         below = next_down(before, self.options, self.plan)
@@ -155,6 +157,23 @@ class Fitting:
     def _say(self, where: str, done: str, said: str) -> None:
         log.warning("out of memory at %s: %s", where, done)
         self.tell("out of memory", at=where, done=done, said=said, setting=self.setting.plain())
+
+
+@contextmanager
+def told_in_words(where: str, advice: str) -> Iterator[None]:
+    """Within it, running out of memory where nothing can be done with less is a person's to mend.
+
+    Args:
+        advice: what to change.
+
+    Raises:
+        MemoryPlanError: it ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).partition("\n")[0]
+        raise MemoryPlanError(f"Out of memory at {where}: {said}. {advice}") from error
 
 
 def free_unused() -> None:

@@ -17,6 +17,7 @@ from raylora.base.log import get_logger
 from raylora.base.storage import Storage
 from raylora.training.checkpoint import State, changed, read_newest
 from raylora.training.course import Course, is_due
+from raylora.training.fitting import told_in_words
 from raylora.training.host_watch import HostWatch
 from raylora.training.judge import Judge
 from raylora.training.memory import DeviceMemory
@@ -33,6 +34,10 @@ from raylora.training.validate import Validation
 log = get_logger("train")
 
 _LOOKS_AT_HOST_EVERY = 10
+_FREE = (
+    "Free the device of other programs, raise memory.budget_gib where it is set, or choose a "
+    "smaller data.resolution under another `name`."
+)
 MOST_SKIPPED = 10
 """Broken steps in a row that `training.on_nan: skip` passes over."""
 
@@ -62,8 +67,9 @@ class Run:
     trial: Trial | None = None
 
     def close(self) -> None:
-        """End helper threads and processes, however the run ended."""
+        """End helper threads and processes, and give back host memory, however the run ended."""
         self.parts.loader.close()
+        self.parts.leave_host()
         if self.validation:
             self.validation.dataset.close()
         if self.saver:
@@ -86,7 +92,7 @@ class Outcome:
 
 def run_training(run: Run) -> Outcome:
     """Train from the newest checkpoint, or from the start, to the end."""
-    with run.memory.limited():
+    with run.memory.limited(), told_in_words("a part of the run that cannot be repeated", _FREE):
         return _train(run)
 
 
@@ -192,6 +198,7 @@ def _look(run: Run, judge: Judge, done: int, before: float | None = None) -> flo
             with run.parts.shown():
                 held_out = _measure(run, validation, judge, done)
         if previews and (judge.over or course.previews_at(done)):
+            run.parts.graphs.drop()  # what recordings keep, models that visit cannot have
             with run.parts.shown():
                 left_out = previews.draw(run.parts, done)
             if left_out and run.reporter:

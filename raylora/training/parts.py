@@ -97,6 +97,7 @@ class Parts:
         under: a frozen adapter beneath the trained one, on while training and measuring and off
             for people (`family.training_adapter`); None is none.
         graphs: what computes a micro-batch, recorded where that is possible.
+        leave_host: gives back host memory of the models; nothing is run with them after it.
     """
 
     denoiser: nn.Module
@@ -124,6 +125,7 @@ class Parts:
     under: Adapter | None = None
     graphs: Graphs = field(default_factory=Graphs)
     fused: Fused | None = None
+    leave_host: Callable[[], None] = lambda: None
 
     @property
     def micro_batch(self) -> int:

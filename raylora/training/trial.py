@@ -62,9 +62,8 @@ class Trial:
         """
         fitting = parts.fitting
         planned = fitting.setting
-        predicted = _predicted(self._plan, planned)
-        observed = self._observe_fitting(parts)
-        first = observed
+        observed = first = self._observe_fitting(parts)
+        predicted = _predicted(self._plan, fitting.setting)
         for _ in range(MOST_TRIES):
             above = next_up(self._plan, fitting.setting, observed.peak_bytes)
             found = None if above is None else self._try_faster(parts, above, observed)
@@ -83,6 +82,7 @@ class Trial:
             peak_bytes=observed.peak_bytes,
             seconds_per_image=round(observed.seconds_per_image, 4),
         )
+        predicted = _predicted(self._plan, fitting.setting)
         log.info(
             "%s: %s; peak %s (predicted %s) of %s, %.2f s an image",
             *(self._plan.card.name, described(fitting.setting), gib(observed.peak_bytes)),
@@ -100,7 +100,10 @@ class Trial:
             below = next_down(fitting.setting, fitting.options, self._plan)
             if below is None:
                 return observed  # it went through: the reserve is what it took
-            fitting.apply(below)
+            try:
+                fitting.apply(below)
+            except torch.OutOfMemoryError:
+                fitting.again(lambda: fitting.apply(fitting.setting), "placing the models")
 
     def _try_faster(self, parts: Parts, above: Setting, before: Observed) -> Observed | None:
         """What a faster setting shows; None, and back, where it is none or does not fit."""

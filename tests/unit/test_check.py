@@ -330,6 +330,10 @@ def test_what_saves_nothing_on_a_cpu_is_warned_of(tmp_path: Path):
     limited = small_job(str(tmp_path), memory__budget_gib=2, **words)
     assert not memory_warnings(limited, torch.device("cpu"))
     assert not memory_warnings(small_job(str(tmp_path)), torch.device("cpu"))
+    recorded = small_job(str(tmp_path), memory__cuda_graphs=True, memory__budget_gib=1.0)
+    (warning,) = memory_warnings(recorded, torch.device("cpu"))
+    assert "memory.cuda_graphs: a CPU's kernels are not recorded" in warning
+    assert not memory_warnings(recorded, torch.device("cuda"))
 
 
 def test_what_a_machine_lacks_for_smaller_forms_is_told(

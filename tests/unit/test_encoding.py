@@ -10,6 +10,7 @@ import pytest
 import torch
 from small import ROOT, small_job
 
+from raylora.base.errors import MemoryPlanError
 from raylora.check import check_job
 from raylora.components.vae import load_vae
 from raylora.data.dataset import Dataset
@@ -107,3 +108,9 @@ def test_pictures_come_before_captions_so_that_each_model_is_loaded_once(
     cache_here(check_job(job(tmp_path, validation__folder=held_out)))
     assert len(kinds) >= 4
     assert kinds == ["latents"] * kinds.count("latents") + ["text"] * kinds.count("text")
+
+
+def test_a_budget_that_holds_no_picture_is_told_in_words(tmp_path: Path):
+    with pytest.raises(MemoryPlanError, match="encoding pictures of") as caught:
+        cache_here(check_job(job(tmp_path, memory__budget_gib=1e-4, memory__reserve_gib=0.0)))
+    assert "memory.budget_gib" in str(caught.value)

@@ -33,6 +33,7 @@ WORDS = st.fixed_dictionaries(
         "offload_inputs": st.sampled_from(["auto", False]),
         "host_states": st.sampled_from(["auto", True]),
         "fused_backward": st.booleans(),
+        "compile": st.booleans(),
     },
 )
 
@@ -64,11 +65,13 @@ def test_the_way_down_ends_never_turns_back_and_stays_within_what_is_allowed(
     way = way_down(setting, options, PLANS[gib] if gib else None)
     assert len(set(way)) == len(way)
     fused = options.fused_backward
+    streams = options.streaming == "auto" and not options.compile
     for before, after in pairwise(way):
         again = [CHECKPOINTINGS.index(one.checkpointing) for one in (before, after)]
         assert again[0] == again[1] or (again[0] < again[1] and options.checkpointing == "auto")
+        assert again[0] == again[1] or not (options.compile and after.checkpointing == "mlp")
         assert before.streamed == after.streamed or (
-            before.streamed < after.streamed <= 1 and options.streaming == "auto"
+            before.streamed < after.streamed <= 1 and streams
         )
         assert before.offload == after.offload or (
             after.offload and options.offload_inputs == "auto"

@@ -256,6 +256,14 @@ def test_words_of_the_job_are_kept() -> None:
     assert chosen.micro_batch <= 2
 
 
+def test_compiled_blocks_stay_on_the_device_and_are_computed_again_whole() -> None:
+    asked = Asked(4, MemoryOptions(compile=True), "bf16", bnb=True)
+    (worker,) = make_plan(flux_need(), asked, [card(24)]).workers
+    settings = [one.setting for one in (worker.chosen, *worker.candidates, *worker.rungs)]
+    assert {one.streamed for one in settings} == {0.0}
+    assert {one.checkpointing for one in settings} == {"none", "alternate", "all"}
+
+
 def test_every_kind_of_setting_is_told_with_why_it_was_not_taken() -> None:
     worker = lone(24).workers[0]
     kinds = {

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from children import together
+from needs import card, flux_need
 from safetensors import safe_open
 from small import MakeJob, open_run
 
+from raylora.assemble import make_run, open_store
 from raylora.base.segments import SegmentWriter, read_segments
 from raylora.base.storage import open_storage
 from raylora.base.units import GIB
+from raylora.check import check_job
+from raylora.fit import _known_or_planned
+from raylora.local import cache_here
 from raylora.memory.bases import HeldLinear
 from raylora.memory.budget import Budget
+from raylora.memory.host import HostMemory
+from raylora.memory.options import MemoryOptions
+from raylora.memory.plan import Asked, make_plan
 from raylora.memory.setting import Precision, Setting
 from raylora.training.host_watch import MARGIN_BYTES, HostWatch
 from raylora.training.known import KnownSettings, Observed
 from raylora.training.loop import run_training
 from raylora.training.memory import DeviceMemory
-from raylora.training.reduce import Distributed, gather_plain
+from raylora.training.reduce import Alone, Distributed, gather_plain
 from raylora.training.report import worker_teller
 from raylora.training.run_folder import read_precision
 
@@ -48,6 +58,45 @@ def test_a_run_that_asks_for_nothing_has_nothing_around_its_models(make_job: Mak
     blocks = run.parts.denoiser.down_blocks
     assert "forward" not in vars(blocks[0].resnets[0])  # only layers with an adapter have their own
     run.close()
+
+
+def test_a_run_that_ends_leaves_no_host_memory_behind(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root = tmp_path / "shared"
+    root.mkdir()
+    monkeypatch.setattr("raylora.fit.HostMemory", partial(HostMemory, root=root))
+    job = make_job(memory__streaming=1.0)
+    run = make_run(
+        job,
+        (checked := check_job(job)).family,
+        cache_here(checked),
+        open_store(job),
+        Alone(),
+        torch.device("cpu"),
+        prove=False,
+        report=False,
+        share_host=True,
+    )
+    assert list(root.iterdir())
+    run.close()
+    assert not list(root.iterdir())
+
+
+def test_what_was_known_is_left_where_another_phase_no_longer_fits(tmp_path: Path):
+    asked = Asked(1, MemoryOptions(reserve_gib=0.0), "bf16", bnb=True)
+    plan = make_plan(flux_need(), asked, [card(24)]).workers[0]
+    rung = next(one for one in plan.rungs if one.setting != plan.chosen.setting)
+    known = KnownSettings(open_storage(str(tmp_path)), {"card": "a test's"})
+    known.keep(rung.setting, Observed(plan.budget_bytes, 0.25))
+    fits = replace(rung, peaks={**rung.peaks, "preview": plan.budget_bytes}, host_bytes=0)
+    grown = replace(rung, peaks={**rung.peaks, "preview": plan.budget_bytes + 1}, host_bytes=0)
+    hosted = replace(fits, host_bytes=plan.host_budget_bytes + 1)
+    found = [
+        _known_or_planned(known, replace(plan, candidates=(), rungs=(one,)))
+        for one in (fits, grown, hosted)
+    ]
+    assert found == [rung.setting, plan.chosen.setting, plan.chosen.setting]
 
 
 def test_a_budget_counts_what_is_made_within_it_and_refuses_more():

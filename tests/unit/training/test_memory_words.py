@@ -107,6 +107,8 @@ def test_a_kernel_that_the_device_has_not_ends_the_run_before_it_begins(make_job
             {"memory__compile": True, "network__rank_dropout": 0.1},
             "network.rank_dropout draws anew in each of them at every step",
         ),
+        ({"memory__streaming": True}, "memory.streaming is true, which is no share"),
+        ({"memory__checkpointing": "some"}, "'none', 'mlp', 'alternate' or 'all'"),
         ({"memory__compile": True, "memory__streaming": 0.5}, "memory.streaming is 0.5. Set it to"),
         ({"memory__compile": True, "memory__checkpointing": "mlp"}, "Choose none, alternate or"),
         (

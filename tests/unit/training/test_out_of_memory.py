@@ -268,3 +268,30 @@ def test_what_happens_before_somebody_keeps_it_is_told_then():
     fitting.tell("more", step=1)
     assert [kind for kind, _ in kept] == ["out of memory", "more"]
     assert kept[0][1]["done"] == "micro_batch 2 -> 1"
+
+
+def test_what_is_tried_again_as_it_was_begins_its_recordings_anew():
+    class Held:
+        applied = 0
+
+        def apply(self, setting: Setting) -> None:
+            self.applied += 1
+
+    fitting, held, check = Fitting(Setting(), retries=True), Held(), once(1)
+    fitting.take([held])
+    fitting.again(check, "a test")
+    assert fitting.setting == Setting()
+    assert held.applied == 2
+
+
+def test_where_nothing_can_be_repeated_a_run_ends_with_a_sentence(make_job: MakeJob):
+    run = open_run(make_job(**ROOM))
+    run.trial = None
+
+    def refuse(step: int) -> Any:
+        raise torch.OutOfMemoryError("2 bytes are asked for\nand more words")
+
+    run.parts.loader.take = refuse  # type: ignore[method-assign]
+    with pytest.raises(MemoryPlanError, match=r"2 bytes are asked for\. Free the device"):
+        run_training(run)
+    run.close()

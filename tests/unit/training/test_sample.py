@@ -79,6 +79,19 @@ def test_a_preview_that_does_not_fit_is_left_out_and_the_next_is_drawn(
     ]
 
 
+def test_recordings_leave_before_previews_are_drawn(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+):
+    run = open_run(make_job(preview__prompts=PROMPTS[:1], training__steps=1))
+    assert run.previews
+    order: list[str] = []
+    monkeypatch.setattr(run.parts.graphs, "drop", lambda: order.append("drop"))
+    monkeypatch.setattr(run.previews, "draw", lambda parts, step: order.append("draw") or 0)
+    run_training(run)
+    run.close()
+    assert order == ["drop", "draw"] * 2
+
+
 @pytest.mark.slow
 def test_the_adapter_shows_in_the_picture_and_the_noise_does_not_change(make_job: MakeJob):
     run = open_run(make_job(preview__prompts=PROMPTS[:1], preview__steps=2))
