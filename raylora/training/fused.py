@@ -119,21 +119,27 @@ class Fused:
         return all(leaf in self._moved or not self._moves(leaf) for leaf in self._bundle_of)
 
     def gradient_norm(self) -> Tensor:
-        """Of the whole step's gradient, as far as it has come."""
-        if not self._norms:
+        """Of the whole step's gradient, what waits for the end of the step with it."""
+        late = [leaf.grad for one in self._waiting for leaf in one if leaf.grad is not None]
+        norms = [*self._norms]
+        if late:
+            assert self._images is not None
+            norms.append(torch.nn.utils.get_total_norm(late) / self._images)
+        if not norms:
             return torch.zeros_like(self._loss)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(self._norms))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
-    def _bundle(self, leaves: Sequence[Tensor]) -> None:
-        self._bundles = _bundled(leaves, self._wanted)
+    def _bundle(self, leaves: Sequence[Tensor], unreached: Sequence[Tensor] = ()) -> None:
+        # Apart, for what no gradient reaches keeps those that share a bundle with it until the end.
+        self._bundles = [*_bundled(leaves, self._wanted), *([list(unreached)] if unreached else [])]
         self._bundle_of = {leaf: number for number, one in enumerate(self._bundles) for leaf in one}
 
     def _clear(self, batches: int) -> None:
         if len(self._came) > self._ordered:  # backward passes have told more of the order
             self._ordered = len(self._came)
             rest = [leaf for leaf in self._bundle_of if leaf not in self._came]
-            self._bundle([*self._came, *rest])
+            self._bundle([*self._came], rest)
         self._left = batches
         self._norms = []
         self._moved = set()

@@ -88,6 +88,17 @@ def test_all_that_surrounds_a_move_is_as_in_the_plain_step(make_job: MakeJob, wa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", FUSED)
+def test_layers_that_no_gradient_reaches_hide_no_part_of_its_norm(make_job: MakeJob, way: str):
+    unread = {"network__train": "both", "family__clip_skip": 2}  # the last layer of the encoder
+    plain, told = trained(job_of(make_job, name="plain", **unread))
+    fused, fused_told = trained(job_of(make_job, name="fused", **unread, **FUSED[way]))
+    assert torch.equal(fused["values"], plain["values"])
+    norms = [[row["gradient_norm"] for row in rows] for rows in (fused_told, told)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # float32 sums in another order
+
+
+@pytest.mark.slow
 def test_eight_bit_states_of_single_leaves_move_about_as_those_of_the_whole(make_job: MakeJob):
     pytest.importorskip("bitsandbytes")
     given = {"optimizer__name": "adamw8bit", "network__rank": 60}
