@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from raylora.assemble import Datasets, load_datasets, pick_device
+from raylora.base.errors import MemoryPlanError
 from raylora.base.log import get_logger, start_logging
 from raylora.check import Checked
 from raylora.data.plan import PlanFacts, WorkItem
@@ -33,12 +34,19 @@ class _Encode:
     def __init__(self) -> None:
         start_logging()
         self._encoding: Encoding | None = None
+        self._problem = ""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         work: _Work = pickle.loads(row["work"])
-        self._encoding = self._encoding or self._begin(work)
-        report = self._encoding.run(work.facts, work.item)
-        return {"encoded": report.encoded, "bad": len(report.bad), "seconds": report.seconds}
+        if self._problem:
+            return {"encoded": 0, "problem": self._problem}
+        try:
+            self._encoding = self._encoding or self._begin(work)
+            report = self._encoding.run(work.facts, work.item)
+        except MemoryPlanError as error:  # Ray would tell it within a traceback of its own
+            self._problem = str(error)
+            return {"encoded": 0, "problem": self._problem}
+        return {"encoded": report.encoded, "problem": ""}
 
     def _begin(self, work: _Work) -> Encoding:
         stand_in(work.folder)
@@ -57,7 +65,11 @@ class _Work:
 
 
 def prepare_on_ray(checked: Checked) -> Datasets:
-    """Encode what the job's cache lacks on the connected cluster, and load the rows."""
+    """Encode what the job's cache lacks on the connected cluster, and load the rows.
+
+    Raises:
+        MemoryPlanError: an actor's device does not hold what has to be encoded.
+    """
     job = checked.job.plain()
     work = [
         _Work(plan.facts, item, job, os.getcwd()) for plan in checked.plans for item in plan.items
@@ -87,5 +99,8 @@ def _run(job: Job, work: list[_Work]) -> None:
         )
         .take_all()
     )
+    problems = [row["problem"] for row in done if row["problem"]]
+    if problems:
+        raise MemoryPlanError(problems[0])
     encoded = sum(row["encoded"] for row in done)
     log.info("%d entries encoded by up to %d actors", encoded, actors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,17 @@ def test_a_budget_that_holds_no_picture_is_told_in_words(tmp_path: Path):
     with pytest.raises(MemoryPlanError, match="encoding pictures of") as caught:
         cache_here(check_job(job(tmp_path, memory__budget_gib=1e-4, memory__reserve_gib=0.0)))
     assert "memory.budget_gib" in str(caught.value)
+
+
+@pytest.mark.slow  # imports Ray
+def test_an_actor_whose_device_holds_no_picture_says_so_in_a_row(tmp_path: Path):
+    from raylora.on_ray.cache import _Encode, _Work
+
+    given = job(tmp_path, memory__budget_gib=1e-4, memory__reserve_gib=0.0)
+    (plan, *_) = check_job(given).plans
+    actor = _Encode()
+    for item in plan.items[:2]:
+        work = _Work(plan.facts, item, given.plain(), str(ROOT))
+        told = actor({"work": pickle.dumps(work)})
+        assert told["encoded"] == 0
+        assert "encoding pictures of" in told["problem"]
