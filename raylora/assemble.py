@@ -44,6 +44,7 @@ from raylora.fit import (
 )
 from raylora.header import adapter_facts, image_facts
 from raylora.job import Job
+from raylora.measure import is_recorded
 from raylora.memory.attending import check_kernel, predicting_by
 from raylora.memory.host import HostMemory, as_host
 from raylora.memory.lending import free_on, lending_of
@@ -69,7 +70,6 @@ from raylora.training.loader import Loader
 from raylora.training.loop import Run
 from raylora.training.loss_scale import LossScale
 from raylora.training.memory import DeviceMemory
-from raylora.training.memory_problems import graph_obstacles
 from raylora.training.parts import Mover, Parts, ReadText
 from raylora.training.reduce import Group
 from raylora.training.report import Reporter, Sink, worker_teller
@@ -303,8 +303,9 @@ def make_parts(
         models_there = (models.denoiser, *models.text_encoders.values())
         memory.budget.watch(models_there, flat, partial(state_tensors, mover.optimizer))
         fitting.take([memory.budget])
-    graphs = _make_graphs(job, family, models, device)
+    graphs = _make_graphs(job, models, device)
     fitting.take([graphs])
+    fitting.spare(graphs.give_up)
     return Parts(
         denoiser=models.denoiser,
         text_encoders=models.text_encoders,
@@ -353,15 +354,12 @@ def _leave_host(models: Adapted, host: HostMemory | None) -> None:
         host.close()
 
 
-def _make_graphs(job: Job, family: Family, models: Adapted, device: torch.device) -> Graphs:
+def _make_graphs(job: Job, models: Adapted, device: torch.device) -> Graphs:
     """What records micro-batches, on a GPU and where nothing stands against it."""
-    adapter, placed, word = models.adapter, models.placed, job.memory.cuda_graphs
-    against = graph_obstacles(job.memory, job.training, job.network, preserved=job.preserves)
-    asked = word is True or (word == "auto" and family.recorded and adapter.network.low_rank)
     return Graphs(
-        possible=device.type == "cuda" and asked and not any(against),
-        gradients=adapter.gradients,
-        forget=placed.forget if placed else lambda: None,
+        possible=device.type == "cuda" and is_recorded(job),
+        gradients=models.adapter.gradients,
+        forget=models.placed.forget if models.placed else lambda: None,
     )
 
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
+from raylora.base.units import GIB
 from raylora.components.cache_encoder import CacheEncoder
 from raylora.components.vae import encoding_bytes
 from raylora.data.encode import ItemReport, run_item
@@ -18,7 +19,6 @@ from raylora.memory.options import MemoryOptions
 from raylora.training.fitting import told_in_words
 
 MOST_ENCODED = 16
-_GIB = 2**30
 _ADVICE = (
     "Free the device of other programs, raise memory.budget_gib where it is set, choose a smaller "
     "data.resolution, or fill the cache on a larger device (`raylora cache`)."
@@ -37,7 +37,7 @@ class Encoding:
         limit = job.memory.budget_gib
         # A GPU's allocator knows its limit; a CPU is made to keep to one.
         limited = limit is not None and device.type == "cpu"
-        self._budget = Budget(int((limit or 0) * _GIB)) if limited else None
+        self._budget = Budget(int((limit or 0) * GIB)) if limited else None
         tracker = self._budget.tracker if self._budget else None
         self._free = free_on(device, job.memory, tracker)
         self._lending = lending_of(family, job.memory, device, budget=tracker)

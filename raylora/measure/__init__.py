@@ -41,7 +41,6 @@ def asked_of_job(job: Job) -> Asked:
     training, memory, optimizer = job.training, job.memory, job.optimizer
     twin = eight_bit_twin(optimizer.name)
     wide = 2 if training.precision == "fp64" else 1
-    against = graph_obstacles(memory, training, job.network, preserved=job.preserves)
     small = None if twin is None else optimizer.model_copy(update={"name": twin, "args": {}})
     return Asked(
         images_per_step=training.images_per_step,
@@ -53,18 +52,21 @@ def asked_of_job(job: Job) -> Asked:
         exact_sums=training.sums == "exact",
         previews=bool(job.preview.prompts),
         live_encoders=job.data.pictures_live or job.data.texts_live,
-        fused=memory.fused_backward or memory.fused_groups is not None,
+        fused=memory.fused,
         bnb=importlib.util.find_spec("bitsandbytes") is not None,
-        recorded=_is_recorded(job) and not any(against),
+        recorded=is_recorded(job),
     )
 
 
-def _is_recorded(job: Job) -> bool:
-    """Whether the word of `memory.cuda_graphs` is for it."""
-    if job.memory.cuda_graphs != "auto":
-        return bool(job.memory.cuda_graphs)
-    family, _ = get_family(job.family.kind)
-    return family.recorded and get_network(job.network.kind).low_rank
+def is_recorded(job: Job) -> bool:
+    """Whether micro-batches are recorded where there is a GPU: the word of `memory.cuda_graphs` is
+    for it, and nothing of the job stands against it."""
+    wanted = job.memory.cuda_graphs
+    if wanted == "auto":
+        family, _ = get_family(job.family.kind)
+        wanted = family.recorded and get_network(job.network.kind).low_rank
+    memory, training, network = job.memory, job.training, job.network
+    return wanted and not any(graph_obstacles(memory, training, network, preserved=job.preserves))
 
 
 def need_of_job(

@@ -46,7 +46,7 @@ def _down_by_plan(setting: Setting, allowed: MemoryOptions, plan: CardPlan) -> S
 def is_below(lower: Setting, setting: Setting, allowed: MemoryOptions) -> bool:
     """Whether it only adds strategies, and only such as may be chosen freely."""
     again = CHECKPOINTINGS.index
-    one_batch = allowed.fused_backward or allowed.fused_groups is not None
+    one_batch = allowed.fused
     free = {
         "checkpointing": allowed.checkpointing == "auto",
         "streamed": allowed.streaming == "auto",
@@ -67,7 +67,7 @@ def is_below(lower: Setting, setting: Setting, allowed: MemoryOptions) -> bool:
 
 
 def _down(setting: Setting, allowed: MemoryOptions) -> Setting | None:
-    one_batch = allowed.fused_backward or allowed.fused_groups is not None
+    one_batch = allowed.fused
     if setting.micro_batch > 1 and not one_batch:
         return setting.but(micro_batch=setting.micro_batch // 2)
     again = CHECKPOINTINGS.index

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from raylora.base.log import get_logger
 from raylora.base.unit import Unit
-from raylora.base.units import gib
+from raylora.base.units import GIB, gib
 from raylora.components.lent import Load
 from raylora.families import Family
 from raylora.memory.host import as_host, lies_on_host
@@ -31,7 +31,6 @@ log = get_logger("memory")
 
 _META = torch.device("meta")
 _HOST = torch.device("cpu")
-_GIB = 2**30
 _RING = 2  # slots that streamed units come into
 UnitsOf = Callable[[str, nn.Module], Sequence[Unit]]
 FreeBytes = Callable[[], float]
@@ -185,7 +184,7 @@ def free_on(
     """Says how much of a device's memory may be taken at any moment, the reserve left; a CPU
     without a budget has no limit."""
 
-    reserve = options.reserve_gib * _GIB
+    reserve = options.reserve_gib * GIB
 
     def free() -> float:
         if budget is not None and budget.limit_bytes is not None:
@@ -197,7 +196,7 @@ def free_on(
         # What the allocator keeps for later counts as free.
         there += torch.cuda.memory_reserved(device) - held
         if options.budget_gib is not None:
-            there = min(there, int(options.budget_gib * _GIB) - held)
+            there = min(there, int(options.budget_gib * GIB) - held)
         return there - reserve
 
     return free

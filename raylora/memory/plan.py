@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from raylora.base.errors import MemoryPlanError
-from raylora.base.units import gib
+from raylora.base.units import GIB, gib
 from raylora.memory.candidates import (
     BEYOND,
     Asked,
@@ -361,7 +361,7 @@ def _nothing_fits(
         f"{width}x{height} pixels do not fit {room.card.name}. Nearest is {_words(precision)}, "
         f"checkpointing {setting.checkpointing}, {setting.streamed:.0%} streamed, micro-batch "
         f"{setting.micro_batch}: {room.reason(found)} "
-        f"({gib(asked.options.reserve_gib * 2**30)} are kept in reserve).{also} "
+        f"({gib(asked.options.reserve_gib * GIB)} are kept in reserve).{also} "
         f"{fixed}{smaller}"
     )
 

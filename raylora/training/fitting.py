@@ -68,6 +68,7 @@ class Fitting:
         self._untold: list[tuple[str, dict[str, Any]]] = []
         self.options = options if options is not None else MemoryOptions()
         self._parts: list[Fits] = []
+        self._spare: Callable[[], bool] = lambda: False
         self._retries = retries
         self._retried = False
 
@@ -100,6 +101,11 @@ class Fitting:
         with self._around():
             self.again(lambda: self.apply(self.setting), "placing the models")
 
+    def spare(self, give_up: Callable[[], bool]) -> None:
+        """Where memory runs out, call this before a strategy is added: it gives memory up that only
+        made steps faster, and says whether there was any."""
+        self._spare = give_up
+
     def apply(self, setting: Setting) -> None:
         """Do as another setting says from now on; between two passes."""
         if setting != self.setting:
@@ -129,7 +135,11 @@ class Fitting:
 
     def _get_by_with_less(self, where: str, said: str) -> None:
         before = self.setting
+        given_up = self._spare()
         free_unused()
+        if given_up:
+            self._say(where, "the same again, without recorded steps", said)
+            return
         if self._retries and not self._retried:
             self._retried = True
             with suppress(torch.OutOfMemoryError):  # then the same again says so

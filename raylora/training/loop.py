@@ -195,10 +195,11 @@ def _look(run: Run, judge: Judge, done: int, before: float | None = None) -> flo
     held_out = before
     with _apart(run):
         if validation and course.validates_at(done):
+            run.parts.graphs.make_room()
             with run.parts.shown():
                 held_out = _measure(run, validation, judge, done)
         if previews and (judge.over or course.previews_at(done)):
-            run.parts.graphs.drop()  # what recordings keep, models that visit cannot have
+            run.parts.graphs.drop()  # whoever lends models takes what recordings hold for free
             with run.parts.shown():
                 left_out = previews.draw(run.parts, done)
             if left_out and run.reporter:
@@ -250,6 +251,7 @@ def _save(run: Run, judge: Judge, done: int, *, looked: bool) -> None:
         if run.reporter:
             # Rows first: a checkpoint that exists has its metrics beside it, and none is NaN.
             run.reporter.flush()
+        run.parts.graphs.make_room()
         if not run.parts.fitting.again(partial(_is_finite, run.parts), "saving"):
             raise TrainingError(
                 f"the adapter holds NaN or infinity after step {done}, so this checkpoint is not "

@@ -63,7 +63,8 @@ class Trial:
         fitting = parts.fitting
         planned = fitting.setting
         observed = first = self._observe_fitting(parts)
-        predicted = _predicted(self._plan, fitting.setting)
+        known = self._plan.known(fitting.setting)
+        predicted = known.peaks["train"] if known else None
         for _ in range(MOST_TRIES):
             above = next_up(self._plan, fitting.setting, observed.peak_bytes)
             found = None if above is None else self._try_faster(parts, above, observed)
@@ -175,11 +176,3 @@ def _held_states(parts: Parts) -> int:
     """Bytes of the optimizer's states that are on the device already."""
     held = state_tensors(parts.mover.optimizer)
     return sum(one.nbytes for one in held if one.device.type == parts.device.type)
-
-
-def _predicted(plan: CardPlan, setting: Setting) -> int | None:
-    """The plan's peak of training in a setting; None where it has no such setting."""
-    for one in (plan.chosen, *plan.candidates, *plan.rungs):
-        if one.setting == setting:
-            return one.peaks["train"]
-    return None
