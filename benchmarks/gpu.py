@@ -31,7 +31,6 @@ import results
 import torch
 from random_base import RandomBase
 
-from raylora.assemble import make_parts
 from raylora.data.steps import SampleRef
 from raylora.families import Family, get_family
 from raylora.fit import Fit
@@ -43,6 +42,7 @@ from raylora.memory.peaks import bytes_of, hold
 from raylora.memory.probe import probe
 from raylora.memory.seconds import training_seconds
 from raylora.memory.setting import BaseKind, Precision, Setting
+from raylora.parts_of_job import make_parts
 from raylora.training.fitting import Fitting
 from raylora.training.memory import DeviceMemory
 from raylora.training.parts import Parts

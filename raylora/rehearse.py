@@ -6,13 +6,14 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from raylora.assemble import make_parts, open_store, pick_device
+from raylora.assemble import open_store, pick_device
 from raylora.base.errors import UserError
 from raylora.data.pixels.bucket import Size
 from raylora.fit import fit_worker, is_planned, make_memory, make_trial
 from raylora.job import Job
 from raylora.measure.on_meta import blank_batch
 from raylora.models import open_family
+from raylora.parts_of_job import make_parts
 from raylora.training.loader import Loader
 from raylora.training.reduce import Alone
 from raylora.training.shares import Shares

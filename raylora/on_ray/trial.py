@@ -12,14 +12,7 @@ from ray import tune
 from raylora.adapt.onto import names_of
 from raylora.adapt.proof import ExportProver
 from raylora.adapt.trained import Trained, trained
-from raylora.assemble import (
-    Datasets,
-    adapter_optimizer,
-    finish,
-    make_run,
-    pick_device,
-    total_steps,
-)
+from raylora.assemble import Datasets, finish, make_run, pick_device, total_steps
 from raylora.base.errors import RayloraError
 from raylora.base.log import start_logging
 from raylora.campaign import Campaign, Trial, measurements
@@ -28,6 +21,7 @@ from raylora.job import Job
 from raylora.models import load_adapted, open_family
 from raylora.on_ray.resources import stand_in
 from raylora.optim.state import shown_values
+from raylora.parts_of_job import adapter_optimizer
 from raylora.training.checkpoint import checkpoint_steps, read_checkpoint
 from raylora.training.loop import run_training
 from raylora.training.reduce import Alone

@@ -63,8 +63,7 @@ class Trial:
         fitting = parts.fitting
         planned = fitting.setting
         observed = first = self._observe_fitting(parts)
-        known = self._plan.known(fitting.setting)
-        predicted = known.peaks["train"] if known else None
+        predicted = self._predicted(fitting.setting)
         for _ in range(MOST_TRIES):
             above = next_up(self._plan, fitting.setting, observed.peak_bytes)
             found = None if above is None else self._try_faster(parts, above, observed)
@@ -83,13 +82,18 @@ class Trial:
             peak_bytes=observed.peak_bytes,
             seconds_per_image=round(observed.seconds_per_image, 4),
         )
-        predicted = _predicted(self._plan, fitting.setting)
+        predicted = self._predicted(fitting.setting)
         log.info(
             "%s: %s; peak %s (predicted %s) of %s, %.2f s an image",
             *(self._plan.card.name, described(fitting.setting), gib(observed.peak_bytes)),
             *(gib(predicted) if predicted else "not", gib(self._plan.budget_bytes)),
             observed.seconds_per_image,
         )
+
+    def _predicted(self, setting: Setting) -> int | None:
+        """The plan's peak of training in a setting; None where it has no such setting."""
+        known = self._plan.known(setting)
+        return known.peaks["train"] if known else None
 
     def _observe_fitting(self, parts: Parts) -> Observed:
         """With what is left of the plan, from the present setting down until one fits."""
