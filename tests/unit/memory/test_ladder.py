@@ -154,7 +154,7 @@ def test_as_predicted_a_slow_setting_goes_up_to_what_was_chosen() -> None:
 
 
 def test_what_took_less_than_predicted_lets_a_setting_beyond_the_budget_be_tried() -> None:
-    plan = PLANS[24]
+    plan = PLANS[48]
     now = plan.chosen
     assert next_up(plan, now.setting, now.peaks["train"]) is None
     beyond = [one for one in plan.rungs if one.seconds_per_image < 0.97 * now.seconds_per_image]

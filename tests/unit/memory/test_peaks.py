@@ -133,10 +133,12 @@ def test_streamed_blocks_are_computed_again_where_the_rest_is_not() -> None:
     assert half.inputs_bytes == 1000
 
 
-def test_offloaded_inputs_leave_all_but_those_of_two_blocks() -> None:
-    need, setting = small_need(), Setting("all", micro_batch=2)
+def test_offloaded_inputs_leave_all_but_those_of_four_blocks() -> None:
+    blocks = tuple(linear_unit(f"{i}", 900, other=100) for i in range(16))
+    need = replace(small_need(), denoiser=ModelNeed(blocks, 100))
+    setting = Setting("all", micro_batch=2)
     before, after = sized(need, setting=setting), sized(need, setting=setting.but(offload=True))
-    assert before.train - after.train == 2 * 2000 * (1 - 2 / 4)
+    assert before.train - after.train == 2 * 2000 * (1 - 4 / 16)
     assert after.host == 2 * 2000
 
 

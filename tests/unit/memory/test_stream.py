@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from placed_models import chain
@@ -139,6 +141,17 @@ def test_without_gradients_the_first_unit_comes_beside_the_last(monkeypatch: pyt
     events = watched.take()
     assert events[-2:] == [("copy", 0), ("run", 4)]
     assert sum(what == "copy" for what, _ in events) == 5
+
+
+def test_a_place_whose_copy_failed_holds_nothing(monkeypatch: pytest.MonkeyPatch):
+    watched = Watched(3, monkeypatch)
+    watched.look()
+    ring: Any = watched.placed._ring
+    (missing,) = {0, 1, 2} - {slot.holds for slot in ring._slots}
+    ring._units[missing].host = ring._units[missing].host[:3]  # too few bytes
+    with pytest.raises(RuntimeError):
+        ring._copy(missing, 0)
+    assert ring._slots[0].holds is None
 
 
 @pytest.mark.parametrize(("units", "slots"), [(1, 1), (2, 2), (5, 2)])
