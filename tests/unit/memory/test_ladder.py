@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from needs import card, flux_need
 
 from raylora.base.units import GIB
-from raylora.memory.ladder import next_down, next_up
+from raylora.memory.ladder import is_below, next_down, next_up
 from raylora.memory.options import MemoryOptions
 from raylora.memory.plan import Asked, CardPlan, make_plan
 from raylora.memory.setting import CHECKPOINTINGS, Setting
@@ -188,3 +188,20 @@ def test_a_preview_that_would_not_fit_keeps_a_faster_setting_away() -> None:
         for one in plan.rungs
     )
     assert next_up(replace(plan, rungs=rungs), setting, predicted) is None
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        {"checkpointing": "mlp"},
+        {"streamed": 0.4},
+        {"offload": False},
+        {"host_states": False},
+        {"micro_batch": 3},
+    ],
+)
+def test_what_takes_one_strategy_back_is_not_below_whatever_it_adds(back: dict[str, Any]) -> None:
+    now = Setting("alternate", 0.5, True, 2, True)
+    every = Setting("all", 1.0, True, 1, True)
+    assert is_below(every, now, MemoryOptions())
+    assert not is_below(every.but(**back), now, MemoryOptions())

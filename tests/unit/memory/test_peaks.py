@@ -183,3 +183,14 @@ def test_a_text_encoder_that_does_not_fit_is_streamed_and_then_does() -> None:
     assert small.peak <= 8 * GIB
     # No more than has to lie there: T5 less what the card can hold.
     assert 9 * GIB < small.host < 14 * GIB
+
+
+def test_of_a_large_adapter_copies_are_what_is_left_of_training_and_saving() -> None:
+    large, averaged = replace(small_need(), adapter_numbers=10_000), replace(PLAIN, ema=True)
+    copy = 10_000 * 4
+    standing = 4100 * 2 + (10_005 + 10_000) * 4 + 10_000 * 8
+    plain, kept = sized(large), sized(large, averaged)
+    # One more is what several workers add up, or what is read back of the file.
+    assert (plain.train, plain.save) == (standing + copy, standing + copy + 500 + 600)
+    # The average itself, and the values whose place it takes in the file.
+    assert (kept.train - plain.train, kept.save - plain.save) == (copy, 2 * copy)

@@ -32,7 +32,7 @@ from raylora.memory.plan import (
     step_seconds,
     steps_per_hour,
 )
-from raylora.memory.seconds import load_of, move_seconds, seconds_per_image
+from raylora.memory.seconds import RATES, load_of, move_seconds, seconds_per_image
 from raylora.memory.setting import Precision, Setting
 
 ORDER = [(base, states) for base in ("full", "int8", "fp8", "nf4") for states in ("full", "8bit")]
@@ -414,3 +414,14 @@ def test_a_fleet_of_twelve_different_cards_is_planned_in_a_moment() -> None:
         make_plan(need, asked, cards)
         taken.append(time.process_time() - began)
     assert min(taken) < 0.3
+
+
+def test_states_stay_on_the_device_though_a_host_would_be_faster() -> None:
+    rates = replace(RATES, host_gbs=1e9)
+    plan = make_plan(flux_need(), asked_for(), [card(141, copies=1e6)], rates=rates)
+    (worker,) = plan.workers
+    assert not worker.chosen.setting.host_states
+    assert any(
+        one.setting.host_states and one.seconds_per_image < worker.chosen.seconds_per_image
+        for one in worker.candidates
+    )
