@@ -53,14 +53,7 @@ def make_parts(
     dtype, _ = PRECISIONS[job.training.precision]
     fitting = make_fitting(job, fit, device, memory)
     host = host_memory(family, fit, shared=share_host or group.size > 1)
-    models = load_adapted(
-        job,
-        family,
-        device,
-        precision=fit.precision,
-        fitting=fitting,
-        host=host,
-    )
+    models = load_adapted(job, family, device, precision=fit.precision, fitting=fitting, host=host)
     adapter = models.adapter
     process = trained_process(family.process, job.noise)
     exact_sums = job.training.sums == "exact"

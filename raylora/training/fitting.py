@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -142,8 +142,6 @@ class Fitting:
             return
         if self._retries and not self._retried:
             self._retried = True
-            with suppress(torch.OutOfMemoryError):  # then the same again says so
-                self.apply(before)  # recordings have memory of their own, and are begun anew
             self._say(where, "the same again, with what was cached given back", said)
             return
         below = next_down(before, self.options, self.plan)

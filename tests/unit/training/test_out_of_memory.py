@@ -270,18 +270,18 @@ def test_what_happens_before_somebody_keeps_it_is_told_then():
     assert kept[0][1]["done"] == "micro_batch 2 -> 1"
 
 
-def test_what_is_tried_again_as_it_was_begins_its_recordings_anew():
-    class Held:
-        applied = 0
+def test_what_only_made_steps_faster_goes_before_a_strategy_is_added():
+    fitting, held, tries = Fitting(Setting(micro_batch=2)), [True], 0
+    fitting.spare(lambda: bool(held) and held.pop())
 
-        def apply(self, setting: Setting) -> None:
-            self.applied += 1
+    def check() -> None:
+        nonlocal tries
+        tries += 1
+        if held or tries < 3:
+            raise torch.OutOfMemoryError("more is asked for")
 
-    fitting, held, check = Fitting(Setting(), retries=True), Held(), once(1)
-    fitting.take([held])
     fitting.again(check, "a test")
-    assert fitting.setting == Setting()
-    assert held.applied == 2
+    assert (tries, held, fitting.setting) == (3, [], Setting(micro_batch=1))
 
 
 def test_where_nothing_can_be_repeated_a_run_ends_with_a_sentence(make_job: MakeJob):
