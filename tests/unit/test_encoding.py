@@ -89,7 +89,7 @@ def test_a_cache_filled_within_a_budget_is_the_same_cache(tmp_path: Path):
             assert all(np.array_equal(one[word], other[word]) for word in one)
     # The VAE's weights leave nothing for its work.
     words = {"memory__budget_gib": vae_bytes / 2**30, "memory__reserve_gib": 0}
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(MemoryPlanError, match="Out of memory at encoding pictures of"):
         peak_within(job(tmp_path / "none", **words))
 
 
