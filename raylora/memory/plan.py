@@ -39,12 +39,9 @@ __all__ = [
     "Plan",
     "PlanError",
     "budget_bytes",
-    "dollars_per_1000_steps",
     "host_budget_bytes",
     "make_plan",
     "shares",
-    "step_seconds",
-    "steps_per_hour",
 ]
 
 PlanError = MemoryPlanError
@@ -390,22 +387,3 @@ def shares(plan: Plan) -> list[float]:
     """Each worker's part of a step's images, by predicted speed; they add up to 1."""
     speeds = [1.0 / worker.chosen.seconds_per_image for worker in plan.workers]
     return [speed / sum(speeds) for speed in speeds]
-
-
-def step_seconds(plan: Plan, images_per_step: int) -> float:
-    """A global step's, with images divided by speed; sums over workers take no time here."""
-    return images_per_step / sum(1.0 / worker.chosen.seconds_per_image for worker in plan.workers)
-
-
-def steps_per_hour(plan: Plan, images_per_step: int) -> float:
-    """Global steps."""
-    return 3600.0 / step_seconds(plan, images_per_step)
-
-
-def dollars_per_1000_steps(plan: Plan, images_per_step: int) -> float | None:
-    """Of the whole fleet; None where a card's price is not known."""
-    prices = [worker.card.dollars_per_hour for worker in plan.workers]
-    known = [price for price in prices if price is not None]
-    if len(known) < len(prices):
-        return None
-    return 1000 * sum(known) / steps_per_hour(plan, images_per_step)

@@ -97,20 +97,6 @@ def load_of(
     )
 
 
-def load_of_prediction(
-    need: Need, precision: Precision, held: Held, *, rates: Rates = RATES
-) -> Load:
-    """Of a prediction without gradients: weights come once."""
-    return Load(
-        need.predict.work,
-        precision.arithmetic in ("bf16", "fp16"),
-        _unpacked_bytes(held, precision, rates),
-        held.streamed_bytes,
-        held.largest_streamed,
-        0,
-    )
-
-
 def _unpacked_bytes(held: Held, precision: Precision, rates: Rates) -> float:
     """Moved to bring every held linear back once: what is packed is read, the rest written."""
     cost = rates.unpack_4bit if precision.base == "nf4" else rates.unpack_8bit

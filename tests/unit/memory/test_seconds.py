@@ -15,7 +15,6 @@ from raylora.memory.seconds import (
     Load,
     Rates,
     load_of,
-    load_of_prediction,
     micro_batch_seconds,
     move_seconds,
     seconds_per_image,
@@ -64,12 +63,11 @@ def test_streaming_hides_behind_computing_but_for_one_unit() -> None:
     assert micro_batch_seconds(bound, 1, CARD, FULL) == pytest.approx(0.5 + 0.005)
 
 
-def test_a_training_step_copies_streamed_weights_twice_and_a_prediction_once() -> None:
+def test_a_training_step_copies_streamed_weights_twice() -> None:
     need, precision = flux_need(), Precision("bf16")
     held = hold(need.denoiser, precision, 0.5)
     step = step_of(need, held, "all", 1)
     assert load_of(precision, held, step, offload=False).streamed_bytes == 2 * held.streamed_bytes
-    assert load_of_prediction(need, precision, held).streamed_bytes == held.streamed_bytes
 
 
 def test_bringing_weights_back_moves_them_once_a_pass() -> None:
@@ -84,7 +82,6 @@ def test_bringing_weights_back_moves_them_once_a_pass() -> None:
         step = step_of(need, held, checkpointing, 1)
         load = load_of(precision, held, step, offload=False, rates=rates)
         assert load.unpacked_bytes == passes * once
-    assert load_of_prediction(need, precision, held, rates=rates).unpacked_bytes == once
 
 
 def test_offloaded_inputs_go_and_come() -> None:
